@@ -1,0 +1,59 @@
+# Two commands: `make run` and `make test`. Everything they install stays in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Extra arguments for installing torch, such as an index of CPU builds: make run TORCH_ARGS="..."
+TORCH_ARGS ?=
+ARGS ?=
+
+LOCKS := qgrid/envs/main.txt
+DEV_LOCK := qgrid/envs/dev.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: run test test-gpu test-system lint bench model clean help
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+
+run: $(VENV)/main.stamp  ## install if needed, run the default grid, print where the result is
+	@$(BIN)/python -m qgrid +sweeps=demo $(ARGS)
+
+test: $(VENV)/dev.stamp lint  ## all checks and tests
+	@command -v chromium >/dev/null || echo "note: chromium is missing, so its tests skip; run 'make test-system'"
+	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(VENV)/dev.stamp  ## the CUDA paths, on a machine with a GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/dev.stamp  ## ruff and mypy, strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/dev.stamp  ## benchmarks; they print and assert nothing
+	@for each in tests/benchmarks/bench_*.py; do echo "== $$each"; $(BIN)/python $$each || exit 1; done
+
+model: $(VENV)/main.stamp  ## train the embedded model again, with its tokenizer and slices (hours)
+	$(BIN)/python -m qgrid.demo.train
+
+test-system:  ## Debian packages that the tests use
+	@command -v chromium >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; }
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "qgrid needs Python 3.11 or later; $(PYTHON) is older. Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first: a later requirement must find it and not choose another build.
+$(VENV)/main.stamp: $(LOCKS) pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q $(TORCH_ARGS) $$(grep '^torch==' $(LOCKS))
+	$(BIN)/python -m pip install -q -r $(LOCKS)
+	$(BIN)/python -m pip install -q --no-deps -e .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/main.stamp $(DEV_LOCK)
+	$(BIN)/python -m pip install -q -r $(DEV_LOCK)
+	@touch $@
+
+clean:  ## remove the environment, keep outputs
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,146 @@
+"""The command line: a verb, or Hydra. `python -m qgrid -m method=awq,gptq bits=4,8`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from qgrid import config
+
+USAGE = """\
+qgrid measures quantized language models: which one do you ship?
+
+  python -m qgrid [-m] [OVERRIDE ...]     run a grid (Hydra overrides: method=awq,gptq bits=4,8)
+  python -m qgrid +sweeps=NAME [...]      run a committed grid
+  python -m qgrid plan [OVERRIDE ...]     the same grid, printed and not run
+  python -m qgrid report [SWEEP]          rewrite and print the tables of a sweep from its records
+  python -m qgrid sync [SWEEP]            replay records into Weights & Biases
+  python -m qgrid workspace               save the W&B workspace with parallel coordinates (login)
+  python -m qgrid doctor                  which methods and runtimes work here
+
+A key with several values makes a grid of all combinations. Keys and choices:
+{choices}
+  bits=2,3,4,8 context=TOKENS seed=N name=SWEEP out=FOLDER
+  rerun=[oom,timeout,crashed,stale] fresh=true verify=full
+
+Hydra's own flags work too: --cfg job shows a configuration, --config-dir adds your own folder,
+--hydra-help lists the rest. Exit code: 0 good, 1 a cell failed or none is ok, 2 a wrong command.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = arguments[0] if arguments and arguments[0] in VERBS else None
+    rest = arguments[1:] if verb else arguments
+    _remember_config_dir(rest)
+    if "--help" in rest or "-h" in rest:
+        print(USAGE.format(choices=_choices(rest)), end="")
+        return 0
+    try:
+        return VERBS[verb](rest) if verb else _grid(rest)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _grid(arguments: list[str]) -> int:
+    """Plan and run (or print) a grid through Hydra."""
+    from qgrid import hydra_entry
+
+    return hydra_entry.enter(arguments)
+
+
+def _plan(arguments: list[str]) -> int:
+    from qgrid import sweep
+
+    sweep.PLAN_ONLY.set(True)
+    return _grid(arguments)
+
+
+def _report(arguments: list[str]) -> int:
+    from qgrid import report
+
+    return _on_sweep("report", arguments, report.rewrite)
+
+
+def _sync(arguments: list[str]) -> int:
+    from qgrid import tracking
+
+    return _on_sweep("sync", arguments, tracking.sync)
+
+
+def _workspace(arguments: list[str]) -> int:
+    from qgrid import workspace
+
+    return workspace.main(arguments)
+
+
+def _doctor(arguments: list[str]) -> int:
+    from qgrid import doctor
+
+    if arguments:
+        return _wrong(f"`qgrid doctor` takes no arguments, got `{' '.join(arguments)}`")
+    print(doctor.render())
+    return 0
+
+
+VERBS: dict[str | None, Callable[[list[str]], int]] = {
+    "plan": _plan,
+    "report": _report,
+    "sync": _sync,
+    "workspace": _workspace,
+    "doctor": _doctor,
+}
+
+
+def _on_sweep(
+    verb: str, arguments: list[str], act: Callable[[Path, str | None], int]
+) -> int:
+    """Run a verb that takes an optional sweep name and `out=FOLDER`."""
+    out = Path("outputs")
+    names = []
+    for argument in arguments:
+        if argument.startswith("out="):
+            out = Path(argument.removeprefix("out="))
+        else:
+            names.append(argument)
+    if len(names) > 1 or any(name.startswith("-") or "=" in name for name in names):
+        return _wrong(f"`qgrid {verb}` takes [SWEEP] [out=FOLDER], got `{' '.join(arguments)}`")
+    known = sorted(p.name for p in (out / "sweeps").glob("*") if p.is_dir())
+    if names and names[0] not in known:
+        return _wrong(f"no sweep `{names[0]}` in {out}/sweeps (has: {', '.join(known) or 'none'})")
+    if not known:
+        return _wrong(f"no sweep in {out}/sweeps; run a grid first, or give out=FOLDER")
+    return act(out.absolute(), names[0] if names else None)
+
+
+def _wrong(sentence: str) -> int:
+    print(f"qgrid: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _remember_config_dir(arguments: list[str]) -> None:
+    """Paths in a user's own YAML are found relative to the folder of `--config-dir`."""
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=False):
+        if flag in ("--config-dir", "-cd"):
+            os.environ["QGRID_CONFIG_DIR"] = str(Path(value).absolute())
+        elif flag.startswith("--config-dir="):
+            os.environ["QGRID_CONFIG_DIR"] = str(Path(flag.partition("=")[2]).absolute())
+
+
+def _choices(arguments: list[str]) -> str:
+    """The groups and their files, a user's own included."""
+    folders = [config.root("conf"), Path(os.environ.get("QGRID_CONFIG_DIR", "/nonexistent"))]
+    groups: dict[str, list[str]] = {}
+    for folder in folders:
+        for file in sorted(folder.glob("*/*.yaml")):
+            groups.setdefault(file.parent.name, []).append(file.stem)
+    sweeps = sorted(file.stem for file in config.root("sweeps").glob("*.yaml"))
+    groups["+sweeps"] = sweeps
+    return "\n".join(f"  {name}={','.join(stems)}" for name, stems in groups.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Hydra's plugins of qgrid: the sweeper, the launchers and the search path."""

@@ -1,0 +1,40 @@
+"""The sweeper: hands the composed grid to the plan, and the plan's cells to the launcher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from qgrid import config, sweep
+
+
+class GridSweeper(Sweeper):
+    """Hydra's entry into `qgrid.sweep`. `params` are the axes of a committed grid."""
+
+    def __init__(self, params: dict[str, Any] | None) -> None:
+        self.params = params
+        self.config: DictConfig | None = None
+        self.launcher: Launcher | None = None
+        self.hydra_context: HydraContext | None = None
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Keep what Hydra offers; act later."""
+        self.hydra_context = hydra_context
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Plan the grid of `arguments` and launch it (or print it, for `qgrid plan`)."""
+        assert self.config is not None
+        assert self.hydra_context is not None
+        compose = config.composer(self.hydra_context.config_loader, self.config)
+        return sweep.run(compose, self.params, arguments, self.launcher)

@@ -1,0 +1,306 @@
+"""The door: Hydra and OmegaConf come in, frozen types go out. No other module knows Hydra."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from qgrid import codec, registry
+from qgrid.types import (
+    Calibration,
+    Choice,
+    Gpu,
+    KvCache,
+    Method,
+    Model,
+    Runtime,
+    Settings,
+    Slices,
+    Workload,
+)
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A configuration as written, and with its interpolations resolved."""
+
+    raw: dict[str, Any]
+    values: dict[str, Any]
+
+
+Compose = Callable[[Sequence[str]], Composed]
+
+GROUPS: dict[str, type] = {
+    "model": Model,
+    "gpu": Gpu,
+    "kv_cache": KvCache,
+    "calibration": Calibration,
+    "slices": Slices,
+    "workload": Workload,
+}
+SCALARS = ("bits", "context", "seed")
+_INTERPOLATION = re.compile(r"\$\{([^}]*)\}")
+_SAFE_RESOLVERS = ("oc.env:", "oc.decode:")
+
+
+class GridError(ValueError):
+    """A grid that cannot be composed; the message is one sentence for the user."""
+
+
+def root(kind: str) -> Path:
+    """The folder `conf` or `sweeps`: the checkout's, or the copy inside an installed package."""
+    package = Path(__file__).resolve().parent
+    inside = package / kind
+    return inside if inside.is_dir() else package.parent / kind
+
+
+# --- from overrides to configurations ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A swept override: `method=awq,gptq` has two values."""
+
+    key: str  # the top-level key it writes under
+    overrides: tuple[str, ...]
+    values: tuple[Any, ...]  # parsed; meaningful for plain scalars only
+    is_plain: bool  # `bits=4,8`: no group, no path, no `+`
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All configurations of a sweep as a product: the fixed part and one table a swept key."""
+
+    fixed: dict[str, Any]
+    axes: tuple[Axis, ...]
+    tables: Mapping[str, Mapping[tuple[int, ...], Any]]  # key -> choice on its axes -> node
+    whole: tuple[dict[str, Any], ...] | None = None  # composed one by one where keys are entangled
+
+    def __len__(self) -> int:
+        sizes = (len(axis.overrides) for axis in self.axes)
+        return len(self.whole) if self.whole is not None else _product(sizes)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.whole is not None:
+            yield from self.whole
+            return
+        where = {key: _positions(self.axes, key) for key in self.tables}
+        for index in itertools.product(*(range(len(axis.overrides)) for axis in self.axes)):
+            swept = {
+                key: table[tuple(index[i] for i in where[key])]
+                for key, table in self.tables.items()
+            }
+            yield self.fixed | swept
+
+    def overrides(self) -> Iterator[tuple[str, ...]]:
+        """The swept overrides of every configuration, in the order of iteration."""
+        return itertools.product(*(axis.overrides for axis in self.axes))
+
+
+def expand(compose: Compose, overrides: Sequence[Override]) -> Grid:
+    """The product of all swept overrides.
+
+    Every choice is composed once and the choices are combined, which is exact because a group
+    file writes only under its own key. Where that does not hold (a file writes elsewhere, or an
+    interpolation reaches into another swept key) every cell is composed on its own, with a warning.
+    """
+    fixed = [str(item.input_line) for item in overrides if not _is_swept(item)]
+    axes = tuple(_axis(item) for item in overrides if _is_swept(item))
+    base = compose(fixed)
+    try:
+        tables = {
+            key: _table(compose, fixed, base, key, axes)
+            for key in dict.fromkeys(axis.key for axis in axes)
+        }
+    except _Entangled as trouble:
+        warnings.warn(f"composing cell by cell, which is slow: {trouble}", stacklevel=2)
+        every = itertools.product(*(axis.overrides for axis in axes))
+        return Grid(base.values, axes, {}, tuple(compose([*fixed, *one]).values for one in every))
+    return Grid(base.values, axes, tables)
+
+
+class _Entangled(Exception):
+    """Two keys of a configuration cannot be swapped one without the other."""
+
+
+def _table(
+    compose: Compose, fixed: Sequence[str], base: Composed, key: str, axes: Sequence[Axis]
+) -> dict[tuple[int, ...], Any]:
+    """The node of `key` for every choice on its own axes."""
+    swept = {axis.key for axis in axes}
+    own = [axis for axis in axes if axis.key == key]
+    _check_separate(base, base, key, swept)
+    if len(own) == 1 and own[0].is_plain and not isinstance(base.values.get(key, {}), dict):
+        return {(i,): value for i, value in enumerate(own[0].values)}
+    table: dict[tuple[int, ...], Any] = {}
+    for index in itertools.product(*(range(len(axis.overrides)) for axis in own)):
+        composed = compose([*fixed, *(axis.overrides[i] for axis, i in zip(own, index, strict=True))])
+        _check_separate(composed, base, key, swept)
+        table[index] = composed.values.get(key)
+    return table
+
+
+def _check_separate(composed: Composed, base: Composed, key: str, swept: set[str]) -> None:
+    """Raise where `key` wrote elsewhere or an interpolation crosses into another swept key."""
+    for place, node in composed.raw.items():
+        if place != key and node != base.raw.get(place):
+            raise _Entangled(f"a choice of `{key}` writes under `{place}`")
+        for target in _INTERPOLATION.findall(json.dumps(node, default=str)):
+            to = target.split(".")[0]
+            unknown = ":" in target and not target.startswith(_SAFE_RESOLVERS)
+            if unknown or (to in swept and to != place):
+                raise _Entangled(f"`{place}` holds ${{{target}}}")
+
+
+def _axis(item: Override) -> Axis:
+    name = item.get_key_element()
+    lines = tuple(f"{name}={value}" for value in item.sweep_string_iterator())
+    plain = name == item.key_or_group and not {"/", ".", "@"} & set(name)
+    values = tuple(_parsed(line) for line in lines) if plain else ()
+    return Axis(re.split(r"[./@]", item.key_or_group)[0], lines, values, plain)
+
+
+def _parsed(line: str) -> Any:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(line).value()
+
+
+def _is_swept(item: Override) -> bool:
+    if item.is_sweep_override() and not item.is_discrete_sweep():
+        raise GridError(f"`{item.input_line}`: a grid needs listed values, such as a,b or range(1,4)")
+    return bool(item.is_sweep_override())
+
+
+def _positions(axes: Sequence[Axis], key: str) -> tuple[int, ...]:
+    return tuple(i for i, axis in enumerate(axes) if axis.key == key)
+
+
+def _product(numbers: Iterator[int]) -> int:
+    result = 1
+    for number in numbers:
+        result *= number
+    return result
+
+
+# --- from configurations to frozen types ---------------------------------------------------------
+
+
+class Reader:
+    """Turns configurations into choices; each distinct node is checked once."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[Any, Any]] = {}
+
+    def choice(self, config: Mapping[str, Any]) -> Choice:
+        """One configuration as a `Choice`.
+
+        Raises:
+            codec.InvalidValue: a key, its value and what is allowed.
+            registry.UnknownName: a method or runtime that is not there.
+        """
+        groups = {key: self._once(config[key], kind, key) for key, kind in GROUPS.items()}
+        scalars = {key: _whole_number(key, config[key]) for key in SCALARS}
+        return Choice(
+            method=self._once(config["method"], Method, "method"),
+            runtime=self._once(config["runtime"], Runtime, "runtime"),
+            **groups,
+            **scalars,
+        )
+
+    def _once(self, node: Mapping[str, Any], kind: type[T], key: str) -> T:
+        if id(node) not in self._seen:
+            _refuse_missing(node, key)
+            self._seen[id(node)] = (node, _READERS.get(kind, codec.convert)(kind, node, key))
+        return self._seen[id(node)][1]  # type: ignore[no-any-return]
+
+
+def settings(config: Mapping[str, Any]) -> Settings:
+    """The keys that say how a sweep runs."""
+    return codec.convert(Settings, {f.name: config[f.name] for f in fields(Settings)})
+
+
+def _method(_: type, node: Mapping[str, Any], key: str) -> Method:
+    name = _name(node, key)
+    options = {name: value for name, value in node.items() if name != "name"}
+    return Method(name, codec.plain(codec.convert(registry.method(name).Options, options, key)))
+
+
+def _runtime(_: type, node: Mapping[str, Any], key: str) -> Runtime:
+    name = _name(node, key)
+    own = {f.name for f in fields(Runtime)}
+    options = {name: value for name, value in node.items() if name not in own}
+    checked = codec.plain(codec.convert(registry.runtime(name).Options, options, key))
+    known = {name: value for name, value in node.items() if name in own}
+    return codec.convert(Runtime, {**known, "options": checked}, key)
+
+
+_READERS: dict[type, Any] = {Method: _method, Runtime: _runtime}
+
+
+def _refuse_missing(node: Mapping[str, Any], key: str) -> None:
+    """Hydra's mark for a value that the user must give is `???`."""
+    for name, value in node.items():
+        if value == "???":
+            raise codec.InvalidValue(f"`{key}.{name}` has no value; give one: `{key}.{name}=...`")
+
+
+def _name(node: Mapping[str, Any], key: str) -> str:
+    name = node.get("name")
+    if not isinstance(name, str):
+        raise codec.InvalidValue(f"`{key}.name={name}` should be the name of a {key}")
+    return name
+
+
+def _whole_number(key: str, value: Any) -> int | None:
+    if value is None and key == "bits":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < (0 if key == "seed" else 1):
+        least = "0 or more" if key == "seed" else "1 or more"
+        raise codec.InvalidValue(f"`{key}={value}` should be a whole number, {least}")
+    return value
+
+
+# --- Hydra's side --------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str], params: Mapping[str, Any] | None) -> list[Override]:
+    """Override lines, after the axes of a committed grid, which they replace key by key."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    committed = [f"{key}={value}" for key, value in (params or {}).items()]
+    latest: dict[str, Override] = {}
+    for item in OverridesParser.create().parse_overrides([*committed, *arguments]):
+        latest[item.get_key_element()] = item
+    return list(latest.values())
+
+
+def composer(loader: Any, master: Any) -> Compose:
+    """Hydra's own composition of one configuration under the command line's `hydra.*` overrides."""
+    from hydra.types import RunMode
+
+    own = list(master.hydra.overrides.hydra)
+    name = master.hydra.job.config_name
+    return lambda lines: composed(loader.load_configuration(name, [*own, *lines], RunMode.RUN))
+
+
+def composed(config: Any) -> Composed:
+    """A DictConfig as plain data, without Hydra's own node."""
+    from omegaconf import OmegaConf, open_dict
+
+    with open_dict(config):
+        config.pop("hydra", None)
+    raw: Any = OmegaConf.to_container(config, resolve=False)
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    return Composed(raw, values)

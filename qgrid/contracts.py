@@ -1,0 +1,113 @@
+"""What a method and a runtime must offer. Token ids go in; ids, log-probabilities and times come out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from qgrid.types import Cell, MethodSupport, RuntimeSupport
+
+
+@dataclass(frozen=True)
+class Built:
+    """What `quantize` reports about the checkpoint it wrote.
+
+    `reference` holds fp32 logits `(tokens, vocab)` of `probe` from the quantized model in memory,
+    taken after saving, for the check that a reload computes the same. `module_methods` names what
+    really quantized each linear layer where the library knows (a fallback shows there).
+    """
+
+    probe: Sequence[int] = ()
+    reference: torch.Tensor | None = None
+    module_methods: Mapping[str, str] | None = None
+    calibration: Mapping[str, Any] | None = None  # source, sha256, samples, length, seed
+
+
+class MethodModule(Protocol):
+    """A file of `qgrid/methods/` (or an entry point of the group `qgrid.methods`)."""
+
+    SUPPORTS: MethodSupport
+    Options: type  # frozen dataclass of the method's own options; the YAML gives the values
+
+    def quantize(self, cell: Cell, source: Path, out: Path) -> Built:
+        """Write a loadable checkpoint (weights, config, tokenizer) of `source` into `out`."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Natural log-probabilities `(rows, vocab)`, fp32.
+
+    Row `r` is the distribution of token `start + r` of sequence number `sequence`.
+    """
+
+    sequence: int
+    start: int
+    logprobs: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Generation:
+    """New token ids of one request and the seconds from request to each of them."""
+
+    ids: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by purpose. `weights` counts inner tensors as they are held while computing."""
+
+    weights_bytes: int
+    kv_bytes_per_token: int
+
+
+class InvalidEngine(RuntimeError):
+    """The engine that came up is not the one that was asked for: the cell is `invalid`."""
+
+
+class Engine(Protocol):
+    """A loaded model. No metric arithmetic happens inside."""
+
+    def score(
+        self, sequences: Sequence[Sequence[int]], keep: Sequence[int], prefix: Sequence[int] = ()
+    ) -> Iterator[Scores]:
+        """Distributions of the last `keep[i]` tokens of every sequence, in order of sequences.
+
+        A long sequence arrives in several chunks of at most 512 rows. `prefix` is prefilled once
+        and precedes every sequence. `keep[i]` is at most `len(sequences[i])`, less one without a
+        prefix (the first token has no context).
+        """
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[int] = ()
+    ) -> list[Generation]:
+        """Greedy continuations of all prompts as one batch; `stop` ids end a request."""
+
+    def memory(self) -> Memory: ...
+
+    def kernels(self) -> Mapping[str, int]:
+        """Class names of the linear layers that compute, with counts."""
+
+    def observed(self) -> Mapping[str, Any]:
+        """Device, stored and computed dtypes, KV dtype, attention implementation, threads."""
+
+    def close(self) -> None: ...
+
+
+class RuntimeModule(Protocol):
+    """A file of `qgrid/runtimes/` (or an entry point of the group `qgrid.runtimes`)."""
+
+    LOADS: RuntimeSupport
+    Options: type
+
+    def load(self, artifact: Path, cell: Cell, dtype: str) -> Engine:
+        """Load the checkpoint in `artifact`, computing in `dtype`."""
+
+
+class Unsupported(ValueError):
+    """A combination that cannot be made, found before any work: the cell becomes `unsupported`."""

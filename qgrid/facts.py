@@ -1,0 +1,101 @@
+"""What a plan needs to know beyond the configuration, each thing looked up once."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import fields
+from functools import cache, cached_property
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeVar
+
+from qgrid import codec, device, environment, models
+from qgrid.calibration import calibration_identity
+from qgrid.estimate import Architecture
+from qgrid.files import HashCache
+from qgrid.measure import slices as slice_files
+from qgrid.types import Calibration, Gpu, Model, Slices
+
+T = TypeVar("T")
+
+
+class Facts:
+    """Identities of models, slices and calibration sets; this machine; locked versions."""
+
+    def __init__(self, hashes: HashCache) -> None:
+        self._hashes = hashes
+        self._memo: dict[tuple[str, int], tuple[Any, Any]] = {}
+
+    def digest(self, value: object) -> str:
+        """`codec.digest`, once for each object."""
+        return self._once("digest", value, codec.digest)
+
+    def model(self, model: Model) -> str:
+        """What the checkpoint's content contributes to an artifact id."""
+        return self._once("model", model, lambda m: codec.digest(models.identity(m, self._hashes)))
+
+    def calibration(self, calibration: Calibration) -> str:
+        """What the calibration text contributes to an artifact id."""
+        return self._once(
+            "calibration",
+            calibration,
+            lambda c: codec.digest(calibration_identity(c, self._hashes)),
+        )
+
+    def slices(self, slices: Slices) -> str:
+        """What the content of the slices contributes to a quality id."""
+        return self._once(
+            "slices", slices, lambda s: codec.digest(slice_files.identity(s, self._hashes))
+        )
+
+    def architecture(self, model: Model) -> Architecture | None:
+        """The model's sizes where its `config.json` is on this machine, else None."""
+        return self._once("architecture", model, _architecture)
+
+    def gpu(self, gpu: Gpu) -> Gpu:
+        """`gpu=auto` as this machine, any other as it is."""
+        return self.machine if gpu.name == "auto" else gpu
+
+    @cached_property
+    def machine(self) -> Gpu:
+        """The device found here."""
+        return device.describe()
+
+    def _once(self, what: str, value: Any, compute: Callable[[Any], T]) -> T:
+        key = (what, id(value))
+        if key not in self._memo:
+            self._memo[key] = (value, compute(value))  # the value is kept, so its id stays taken
+        return self._memo[key][1]  # type: ignore[no-any-return]
+
+
+def _architecture(model: Model) -> Architecture | None:
+    folder = models.located(model)
+    if folder is None:
+        return None
+    sizes = models.architecture(folder)
+    known = {field.name: sizes[field.name] for field in fields(Architecture)}
+    return None if known["intermediate"] is None else Architecture(**known)
+
+
+@cache
+def locked(packages: tuple[str, ...], environment_name: str) -> str:
+    """Identity of the locked versions of `packages`, the same on a login node and a GPU node."""
+    versions = environment.locked_versions(environment_name)
+    return codec.digest({name: versions.get(environment.normalized(name), "unlocked") for name in packages})
+
+
+@cache
+def missing(packages: tuple[str, ...]) -> str | None:
+    """One sentence naming the packages that are not installed and the command that installs them."""
+    absent = [name for name in packages if not _installed(name)]
+    if not absent:
+        return None
+    return f"needs {', '.join(absent)}; run `pip install {shlex.join(absent)}`"
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,94 @@
+"""Files that are never torn: atomic writes, folders built aside and renamed, locks, cached hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Replace `path` in one step, durable on return. A reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = data.encode() if isinstance(data, str) else data
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+@contextlib.contextmanager
+def built_aside(target: Path) -> Iterator[Path]:
+    """A fresh folder next to `target` that becomes `target` when the block succeeds.
+
+    Nothing is left of it when the block fails; an existing `target` is replaced.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield aside
+        os.chmod(aside, 0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, shared: bool = False) -> Iterator[None]:
+    """Hold an advisory lock on `path` (created if absent); freed when the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def machine_lock() -> Path:
+    """The lock of this machine's cores and memory bandwidth: timing holds it alone."""
+    return Path(tempfile.gettempdir()) / f"qgrid-{os.getuid()}" / "machine.lock"
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content, read in one pass."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class HashCache:
+    """Hashes of files remembered by path, size, time and inode, so that 140 GB are read once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, list[str]] = {}
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            self._known = json.loads(path.read_text())
+
+    def sha256(self, path: Path, fresh: bool = False) -> str:
+        """The hash of `path`; `fresh` reads the file even when its hash is remembered."""
+        stat = path.stat()
+        stamp = f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+        key = str(path.resolve())
+        entry = self._known.get(key)
+        if entry and entry[0] == stamp and not fresh:
+            return entry[1]
+        self._known[key] = [stamp, sha256(path)]
+        write_atomic(self._path, json.dumps(self._known))
+        return self._known[key][1]

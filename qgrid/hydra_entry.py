@@ -1,0 +1,87 @@
+"""Entering Hydra: where its files are, and its errors as one sentence with exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import warnings
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from qgrid import codec, config, plan, registry
+from qgrid.types import Settings
+
+PLUGINS = Path(__file__).parent / "_plugins"  # holds the namespace package `hydra_plugins`
+
+
+def enter(arguments: list[str]) -> int:
+    """Run Hydra's main with `arguments`; the exit code."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    sys.path.insert(0, str(PLUGINS))
+    sys.argv = ["qgrid", *arguments]
+    wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting with 1
+    warnings.formatwarning = _plain_warning
+    entry = hydra.main(
+        version_base="1.3", config_path=str(config.root("conf")), config_name="config"
+    )(_nothing)
+    expected = (
+        HydraException,
+        OmegaConfBaseException,
+        config.GridError,
+        codec.InvalidValue,
+        registry.UnknownName,
+        plan.EmptyGrid,
+        plan.WidthConflict,
+        FileNotFoundError,
+    )
+    try:
+        entry()
+    except expected as error:
+        if wants_trace:
+            raise
+        print(f"qgrid: {sentence(error)}", file=sys.stderr)  # noqa: T201
+        return 2
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 2
+    return 0
+
+
+def _nothing(_: Any) -> None:
+    """Hydra wants a task; the sweeper does all the work."""
+
+
+def sentence(error: BaseException) -> str:
+    """The useful message of an error, which Hydra often keeps in the cause, on one line."""
+    while error.__cause__ is not None and not str(error).strip():
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    if choice := re.search(r"Could not find '([^']+)/([^']+)'(?: Available options in .*?: (.*?) Config search)?", text):
+        return _unknown_choice(*choice.groups())
+    if key := re.match(r"Could not override '([^']+)'", text):
+        return f"`{key[1]}` is not a known key{_near_key(key[1])}; `qgrid --help` lists the keys"
+    cause = f" ({' '.join(str(error.__cause__).split())})" if error.__cause__ is not None else ""
+    return text + cause
+
+
+def _unknown_choice(group: str, name: str, options: str | None) -> str:
+    known = (options or "").split()
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean `{near[0]}`?" if near else ""
+    return f"`{group}={name}` is unknown (has: {', '.join(known) or 'none'}){hint}"
+
+
+def _near_key(key: str) -> str:
+    known = [*config.GROUPS, *config.SCALARS, *(field.name for field in fields(Settings))]
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
+def _plain_warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    return f"qgrid: {message}\n"

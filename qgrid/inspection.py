@@ -1,0 +1,226 @@
+"""What a checkpoint folder really stores, read from the safetensors headers; no torch needed."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from qgrid import models
+from qgrid.types import ModuleState, Tensor
+
+FLOATS_16 = frozenset({"BF16", "F16"})
+FLOATS = FLOATS_16 | {"F32", "F64", "F8_E4M3", "F8_E5M2"}
+_DECODER_LINEAR = re.compile(r"\.(?:layers|h|blocks|block)\.\d+\.(?!.*norm).*(?<!router)$")
+_ROUTER = re.compile(r"(?:mlp|block_sparse_moe)\.(?:gate|router|shared_expert_gate)$")
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+class TornFile(ValueError):
+    """A weights file that is shorter or longer than its header says, or has no header."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The tensors of a folder and what they add up to; bits count scales and zero points."""
+
+    format: str
+    tensors: Mapping[str, Tensor]
+    dtypes: Mapping[str, int]  # stored dtype -> bytes
+    modules: Mapping[str, ModuleState]  # linear layers of the decoder
+    shapes: Mapping[str, tuple[int, int]]  # of those layers: rows, columns
+    num_parameters: int
+    bits_per_weight: float
+    linear_bits_per_weight: float
+
+
+def inspect(folder: Path, base: Path | None = None, method: str = "quantized") -> Contents:
+    """Account for every stored tensor of `folder`.
+
+    `base` is the 16-bit checkpoint that tells which layers are linear and how large; without it
+    the shapes that the folder itself keeps are used. `method` labels the quantized modules.
+
+    Raises:
+        TornFile: a file's length contradicts its header.
+    """
+    tensors = read_headers(folder)
+    original = read_headers(base) if base else {}
+    linears = decoder_linears(original) or stored_linears(folder, tensors)
+    modules = _modules(tensors, linears, method)
+    count = num_parameters(folder, original or tensors)
+    dtypes: dict[str, int] = defaultdict(int)
+    for tensor in tensors.values():
+        dtypes[tensor.dtype] += tensor.nbytes
+    weights = sum(state.num_weights for state in modules.values())
+    bits = sum(state.bits * state.num_weights for state in modules.values())
+    return Contents(
+        format=stored_format(folder, tensors),
+        tensors=tensors,
+        dtypes=dict(dtypes),
+        modules=modules,
+        shapes=linears,
+        num_parameters=count,
+        bits_per_weight=8 * sum(dtypes.values()) / count if count else 0.0,
+        linear_bits_per_weight=bits / weights if weights else 0.0,
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def read_headers(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder by name.
+
+    Raises:
+        TornFile: a file's length contradicts its header.
+    """
+    found: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        found |= {name: tensor for name, (tensor, _) in read_header(path).items()}
+    return found
+
+
+def read_header(path: Path) -> dict[str, tuple[Tensor, int]]:
+    """Tensors of one file by name, each with the position of its first byte.
+
+    Raises:
+        TornFile: the file's length contradicts its header.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
+            raise TornFile(f"{path.name} has {size} bytes and no safetensors header")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise TornFile(f"{path.name} has an unreadable safetensors header") from None
+    header.pop("__metadata__", None)
+    first = 8 + length
+    end = first + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end != size:
+        raise TornFile(f"{path.name} has {size} bytes, its header says {end}")
+    return {name: (_tensor(entry), first + entry["data_offsets"][0]) for name, entry in header.items()}
+
+
+def _tensor(entry: Mapping[str, Any]) -> Tensor:
+    begin, end = entry["data_offsets"]
+    return Tensor(entry["dtype"], tuple(entry["shape"]), end - begin)
+
+
+def decoder_linears(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Linear layers of a 16-bit checkpoint's decoder: name -> (rows, columns).
+
+    Embeddings, the output head, norms and the routers of mixtures of experts are not among them:
+    they stay at 16 bits by design.
+    """
+    return {
+        name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in FLOATS
+        if is_decoder_linear(name.removesuffix(".weight"))
+    }
+
+
+def is_decoder_linear(module: str) -> bool:
+    """Whether a module with a two-dimensional weight belongs to the quantized part of a decoder."""
+    return bool(_DECODER_LINEAR.search("." + module)) and not _ROUTER.search(module)
+
+
+def stored_linears(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Linear layers from the shapes that a quantized folder keeps itself."""
+    found = decoder_linears(tensors)
+    for path in weight_files(folder):
+        for name, (tensor, start) in read_header(path).items():
+            if name.endswith(".weight_shape") and tensor.dtype == "I64" and tensor.nbytes == 16:
+                with path.open("rb") as file:
+                    file.seek(start)
+                    rows, columns = struct.unpack("<2q", file.read(16))
+                found[name.removesuffix(".weight_shape")] = (rows, columns)
+            elif name.endswith(".weight") and tensor.dtype == "I8" and len(tensor.shape) == 2:
+                found[name.removesuffix(".weight")] = (tensor.shape[0], tensor.shape[1])
+    return found
+
+
+def num_parameters(folder: Path, tensors: Mapping[str, Tensor]) -> int:
+    """Parameters of a 16-bit checkpoint; a head tied to the embedding is counted once."""
+    config = json.loads((folder / "config.json").read_text())
+    skip = {"lm_head.weight"} if models.tied(config) else set()
+    return sum(prod(tensor.shape) for name, tensor in tensors.items() if name not in skip)
+
+
+def quantization_config(folder: Path) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint; empty for one that is not quantized."""
+    config = json.loads((folder / "config.json").read_text())
+    return dict(config.get("quantization_config") or {})
+
+
+def stored_format(folder: Path, tensors: Mapping[str, Tensor]) -> str:
+    """The format by what the tensors are; `config.json` only names it where they agree."""
+    names = tensors.keys()
+    if any(name.endswith(".weight_packed") for name in names):
+        return str(quantization_config(folder).get("format", "pack-quantized"))
+    if any("quant_state.bitsandbytes__" in name for name in names):
+        kinds = {name.rpartition("__")[2] for name in names if "quant_state.bitsandbytes__" in name}
+        return f"bitsandbytes-{'+'.join(sorted(kinds))}"
+    if any(name.endswith(".SCB") for name in names):
+        return "bitsandbytes-int8"
+    if any(name.endswith(".weight_scale") for name in names):
+        return str(quantization_config(folder).get("format", "quantized"))
+    floats = {t.dtype for t in tensors.values() if t.dtype in FLOATS}
+    return "safetensors-16bit" if floats <= FLOATS_16 else "safetensors-32bit"
+
+
+def _modules(
+    tensors: Mapping[str, Tensor], linears: Mapping[str, tuple[int, int]], method: str
+) -> dict[str, ModuleState]:
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in linears}
+    for name, tensor in tensors.items():
+        owner = _owner(name, parts)
+        if owner is not None and name != f"{owner}.bias":
+            parts[owner][name.removeprefix(owner + ".")] = tensor
+    return {
+        name: _state(parts[name], rows * columns, method)
+        for name, (rows, columns) in linears.items()
+    }
+
+
+def _owner(tensor: str, linears: Mapping[str, Any]) -> str | None:
+    module = tensor
+    while "." in module:
+        module = module.rpartition(".")[0]
+        if module in linears:
+            return module
+    return None
+
+
+def _state(parts: Mapping[str, Tensor], num_weights: int, method: str) -> ModuleState:
+    bits = 8 * sum(tensor.nbytes for tensor in parts.values()) / num_weights
+    kind = module_format(parts)
+    plain = kind in {"16bit", "32bit", "missing"}
+    return ModuleState("none" if plain else method, kind, bits, num_weights)
+
+
+def module_format(parts: Mapping[str, Tensor]) -> str:
+    """How one linear layer is stored, by the names and dtypes of its tensors."""
+    if "weight_packed" in parts:
+        return "pack-quantized"
+    if any(".quant_state." in f".{name}" for name in parts):
+        return "bitsandbytes-4bit"
+    if "SCB" in parts:
+        return "bitsandbytes-int8"
+    if "weight" not in parts:
+        return "missing"
+    dtype = parts["weight"].dtype
+    if dtype in FLOATS_16:
+        return "16bit"
+    return "32bit" if dtype in {"F32", "F64"} else f"quantized-{dtype.lower()}"

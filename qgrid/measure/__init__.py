@@ -1,0 +1,1 @@
+"""Measures: one formula a metric, the same for every runtime."""

@@ -1,0 +1,79 @@
+"""Per-item results of two cells, paired: changes per slice with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qgrid import stats
+from qgrid.measure.answers import clusters_of
+from qgrid.metrics import METRICS
+from qgrid.types import Measurement
+
+Line = Mapping[str, Any]  # of items.jsonl
+Pair = tuple[Line, Line]  # the cell's, the baseline's
+
+
+class Unpaired(ValueError):
+    """Two cells did not evaluate the same items."""
+
+
+def paired(items: Sequence[Line], baseline_items: Sequence[Line]) -> list[Measurement]:
+    """Change of accuracy and of the answer's log-probability, per slice.
+
+    Raises:
+        Unpaired: an item is in one of the two only.
+    """
+    pairs = _by_slice(items, baseline_items)
+    return [measurement for name, each in pairs.items() for measurement in _changes(name, each)]
+
+
+def _by_slice(items: Sequence[Line], baseline_items: Sequence[Line]) -> dict[str, list[Pair]]:
+    known = {(each["slice"], each["id"]): each for each in baseline_items}
+    found: dict[str, list[Pair]] = {}
+    for each in items:
+        other = known.pop((each["slice"], each["id"]), None)
+        if other is None:
+            raise Unpaired(f"item `{each['id']}` of slice `{each['slice']}` has no baseline result")
+        found.setdefault(each["slice"], []).append((each, other))
+    if known:
+        name, identity = next(iter(known))
+        raise Unpaired(f"item `{identity}` of slice `{name}` has a baseline result only")
+    return found
+
+
+def _changes(name: str, pairs: Sequence[Pair]) -> list[Measurement]:
+    clusters = clusters_of([(each["document"], each["id"]) for each, _ in pairs])
+    flips = [float(each["correct"]) - float(base["correct"]) for each, base in pairs]
+    worse, better = flips.count(-1.0), flips.count(1.0)
+    if clusters is None:
+        both = sum(each["correct"] and base["correct"] for each, base in pairs)
+        neither = len(pairs) - both - worse - better
+        binary = stats.newcombe_paired(both, better, worse, neither)
+    else:
+        binary = stats.bootstrap_mean(flips, clusters)
+    graded = [each["answer_logprob"] - base["answer_logprob"] for each, base in pairs]
+    return [
+        _change("accuracy_delta", name, flips, clusters, binary),
+        _change(
+            "answer_logprob_delta", name, graded, clusters, stats.bootstrap_mean(graded, clusters)
+        ),
+        Measurement("flips_worse", worse, METRICS["flips_worse"].unit, name, n=len(pairs)),
+        Measurement("flips_better", better, METRICS["flips_better"].unit, name, n=len(pairs)),
+        Measurement(
+            "mcnemar_p", stats.mcnemar(worse, better), METRICS["mcnemar_p"].unit, name, n=len(pairs)
+        ),
+    ]
+
+
+def _change(
+    metric: str,
+    name: str,
+    values: Sequence[float],
+    clusters: Sequence[str] | None,
+    interval: tuple[float, float],
+) -> Measurement:
+    found = stats.mean(values, clusters)
+    return Measurement(
+        metric, found.value, METRICS[metric].unit, name, found.stderr, found.n, *interval
+    )

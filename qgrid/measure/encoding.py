@@ -1,0 +1,89 @@
+"""Text to token ids with explicit special tokens; the same ids go to every runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class NoChatTemplate(ValueError):
+    """A slice wants chat prompts, but the tokenizer has no template."""
+
+
+class Encoder:
+    """The tokenizer of a checkpoint folder."""
+
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        self.stops = _stops(folder, self._tokenizer.eos_token_id)
+        self.bos = self._added_bos()
+
+    def text(self, text: str) -> list[int]:
+        """Ids of the text alone, no special token added."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    def prose(self, text: str, limit: int | None) -> list[int]:
+        """Ids of a whole text, tokenized once, with BOS in front where the tokenizer adds one."""
+        ids = self.text(text)
+        lead = [] if self.bos is None else [self.bos]
+        return [*lead, *ids][:limit]
+
+    def prompts(self, messages: Sequence[str], chat: bool) -> list[list[int]]:
+        """Ids up to where the reply begins.
+
+        With `chat` the message goes through the chat template, which brings its own special
+        tokens; without it the text follows BOS where the tokenizer adds one.
+
+        Raises:
+            NoChatTemplate: `chat`, and the tokenizer has no template.
+        """
+        if not chat:
+            lead = [] if self.bos is None else [self.bos]
+            return [[*lead, *ids] for ids in self._batch(messages)]
+        if not self._tokenizer.chat_template:
+            raise NoChatTemplate(
+                "the slice has `chat=true`, but the model's tokenizer has no chat template; "
+                "set `chat: false` for it"
+            )
+        return self._batch([self._rendered(message) for message in messages])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids without special tokens."""
+        return str(
+            self._tokenizer.decode(
+                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def _rendered(self, message: str) -> str:
+        turns = [{"role": "user", "content": message}]
+        return str(
+            self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        )
+
+    def _batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return list(self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _added_bos(self) -> int | None:
+        """The id that the tokenizer itself puts before a text."""
+        bos = self._tokenizer.bos_token_id
+        ids = self._tokenizer.encode("a", add_special_tokens=True)
+        return int(bos) if bos is not None and ids and ids[0] == bos else None
+
+
+def _stops(folder: Path, eos: int | None) -> tuple[int, ...]:
+    """Every id that ends a reply: the tokenizer's and those of the generation settings."""
+    found = set() if eos is None else {eos}
+    settings = folder / "generation_config.json"
+    if settings.is_file():
+        more = json.loads(settings.read_text()).get("eos_token_id")
+        found |= set(more) if isinstance(more, list) else {more} - {None}
+    return tuple(sorted(found))

@@ -1,0 +1,195 @@
+"""Perplexity and KL divergence: rows of two engines in lockstep, a few numbers per token kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from qgrid import stats
+from qgrid.contracts import InvalidEngine
+from qgrid.metrics import METRICS
+from qgrid.types import Measurement
+
+if TYPE_CHECKING:
+    import torch
+
+    from qgrid.contracts import Engine, Scores
+
+Array = npt.NDArray[np.float64]
+_BLOCK_BYTES = 64 * 2**20  # of one temporary tensor
+_PERCENTILES = {
+    "kld_median": 0.5,
+    "kld_p90": 0.9,
+    "kld_p95": 0.95,
+    "kld_p99": 0.99,
+    "kld_p999": 0.999,
+    "kld_max": 1.0,
+}
+
+
+class TooShort(ValueError):
+    """The prose fills not even one window."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Numbers of every scored token, each `(windows, context - 1)`; the last four need a baseline."""
+
+    nll: Array
+    base_nll: Array
+    kl: Array
+    same_top: Array
+    delta_p: Array
+
+    @classmethod
+    def empty(cls, num_windows: int, scored: int) -> Tokens:
+        """Room for the numbers; NaN marks what no chunk has filled."""
+        return cls(*(np.full((num_windows, scored), np.nan) for _ in range(5)))
+
+
+def cut(ids: Sequence[int], context: int) -> list[tuple[int, ...]]:
+    """Disjoint windows of `context` tokens, the tail dropped (the `gptq-N` protocol).
+
+    Raises:
+        TooShort: fewer tokens than one window has.
+    """
+    windows = [
+        tuple(ids[begin : begin + context])
+        for begin in range(0, len(ids) - context + 1, context)
+    ]
+    if not windows or context < 2:
+        raise TooShort(
+            f"`context={context}` needs that many tokens of prose, and at least 2; the prose has "
+            f"{len(ids)}; lower `context` or give more prose"
+        )
+    return windows
+
+
+def rows(engine: Engine, windows: Sequence[Sequence[int]]) -> Iterator[Scores]:
+    """Distributions of all but the first token of every window."""
+    return engine.score(windows, [len(window) - 1 for window in windows])
+
+
+def collect(
+    tokens: Tokens,
+    windows: Sequence[Sequence[int]],
+    cell: Iterator[Scores],
+    baseline: Iterator[Scores] | None,
+    first: int = 0,
+) -> None:
+    """Fill `tokens` from chunk after chunk; `first` is the window that the iterators begin with.
+
+    Raises:
+        InvalidEngine: the two engines cut their rows differently, or a row holds NaN.
+    """
+    for scores in cell:
+        window = first + scores.sequence
+        targets = windows[window][scores.start : scores.start + len(scores.logprobs)]
+        place = np.s_[window, scores.start - 1 : scores.start - 1 + len(targets)]
+        base = next(baseline, None) if baseline is not None else None
+        if baseline is not None:
+            _require_same(scores, base)
+        _fill(tokens, place, scores, base, targets)
+    if not np.isfinite(tokens.nll[first : window + 1]).all():
+        raise InvalidEngine("the engine computed NaN or infinity as a log-probability of prose")
+
+
+def _require_same(cell: Scores, base: Scores | None) -> None:
+    if base is None or (cell.sequence, cell.start, cell.logprobs.shape) != (
+        base.sequence,
+        base.start,
+        base.logprobs.shape,
+    ):
+        raise InvalidEngine("the cell and its baseline gave rows of different tokens or vocabulary")
+
+
+def _fill(
+    tokens: Tokens,
+    place: tuple[int, slice],
+    cell: Scores,
+    base: Scores | None,
+    targets: Sequence[int],
+) -> None:
+    import torch
+
+    device = cell.logprobs.device
+    wanted = torch.tensor(targets, device=device)[:, None]
+    chosen = cell.logprobs.gather(1, wanted)[:, 0].double()
+    tokens.nll[place] = -chosen.cpu().numpy()
+    if base is None:
+        return
+    reference = base.logprobs.to(device)
+    known = reference.gather(1, wanted)[:, 0].double()
+    tokens.base_nll[place] = -known.cpu().numpy()
+    tokens.delta_p[place] = (chosen.exp() - known.exp()).cpu().numpy()
+    same = cell.logprobs.argmax(1) == reference.argmax(1)
+    tokens.same_top[place] = same.double().cpu().numpy()
+    tokens.kl[place] = divergence(reference, cell.logprobs).double().cpu().numpy()
+
+
+def divergence(base: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
+    """KL(base || cell) in nats of every row, from log-probabilities `(rows, vocab)` in fp32."""
+    import torch
+
+    size = max(1, _BLOCK_BYTES // (4 * base.shape[1]))
+    pairs = zip(base.split(size), cell.split(size), strict=True)
+    return torch.cat([(p.exp() * (p - q)).sum(1) for p, q in pairs])
+
+
+def perplexity(tokens: Tokens) -> Measurement:
+    """exp of the mean of the window means; the interval comes from the windows' spread."""
+    means = tokens.nll.mean(axis=1)
+    estimate = stats.mean(means)
+    value = math.exp(estimate.value)
+    known = estimate.stderr is not None
+    return Measurement(
+        metric="ppl",
+        value=value,
+        unit=METRICS["ppl"].unit,
+        stderr=value * estimate.stderr if estimate.stderr is not None else None,
+        n=tokens.nll.size,
+        low=math.exp(estimate.low) if known and estimate.low is not None else None,
+        high=math.exp(estimate.high) if known and estimate.high is not None else None,
+    )
+
+
+def against_baseline(tokens: Tokens) -> list[Measurement]:
+    """KL divergence, agreement and perplexity ratio, standard errors clustered by window."""
+    kl = tokens.kl.ravel()
+    spread = [
+        _bare(metric, stats.percentile(kl, fraction), kl.size)
+        for metric, fraction in _PERCENTILES.items()
+    ]
+    rms = math.sqrt(float(np.mean(tokens.delta_p**2)))
+    return [
+        mean_over_windows("ln_ppl_ratio", tokens.nll - tokens.base_nll),
+        mean_over_windows("kld_mean", tokens.kl),
+        *spread,
+        mean_over_windows("same_top_p", tokens.same_top),
+        mean_over_windows("delta_p_mean", tokens.delta_p),
+        _bare("delta_p_rms", rms, kl.size),
+    ]
+
+
+def mean_over_windows(metric: str, values: Array) -> Measurement:
+    """The mean of `(windows, tokens)` with its error clustered by window."""
+    labels = np.repeat(np.arange(values.shape[0]), values.shape[1]).tolist()
+    found = stats.mean(values.ravel(), labels)
+    return Measurement(
+        metric,
+        found.value,
+        METRICS[metric].unit,
+        stderr=found.stderr,
+        n=found.n,
+        low=found.low,
+        high=found.high,
+    )
+
+
+def _bare(metric: str, value: float, n: int) -> Measurement:
+    return Measurement(metric, value, METRICS[metric].unit, n=n)

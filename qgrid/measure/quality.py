@@ -1,0 +1,132 @@
+"""The quality stage: perplexity, KL divergence and slices of one cell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qgrid import files, models
+from qgrid.measure import answers, prose, slices
+from qgrid.measure.encoding import Encoder
+from qgrid.measure.loading import Phases, baseline_cell, fit_together, is_baseline, load
+from qgrid.measure.prose import Tokens
+from qgrid.measure.row_cache import collect_by_turns
+from qgrid.types import Measurement, StageResult
+
+if TYPE_CHECKING:
+    from qgrid.contracts import Engine
+    from qgrid.types import Job
+
+Windows = list[tuple[int, ...]]
+
+
+def measure(job: Job) -> StageResult:
+    """Measure the job's artifact; writes `items.jsonl` into `job.out`.
+
+    Raises:
+        InvalidEngine: the engine is not what was asked for, or computes NaN.
+    """
+    cell = job.planned.cell
+    phases = Phases()
+    with phases("load"):
+        encoder = Encoder(Path(job.artifact), cell.model.trust_remote_code)
+        engine = load(job.artifact, cell, cell.runtime.dtype)
+    with phases("slices"):
+        results = _answered(job, engine, encoder)
+    measurements = [
+        measurement
+        for name in cell.slices.items
+        for measurement in answers.summary(name, [each for each in results if each.slice == name])
+    ]
+    observed: dict[str, Any] = {**engine.observed(), "bos": encoder.bos}
+    with phases("prose"):
+        found, more = _prose(job, engine, encoder)
+    _write_items(Path(job.out), results)
+    return StageResult(
+        "quality",
+        measurements=(*found, *measurements),
+        observed=observed | more,
+        seconds=phases.seconds,
+    )
+
+
+def _answered(job: Job, engine: Engine, encoder: Encoder) -> list[answers.Answered]:
+    cell = job.planned.cell
+    return [
+        result
+        for name, wanted in cell.slices.items.items()
+        for result in answers.answer(
+            name, wanted, slices.load(name, wanted, cell.seed), engine, encoder
+        )
+    ]
+
+
+def _write_items(out: Path, results: Sequence[answers.Answered]) -> None:
+    lines = (json.dumps(answers.line(each), ensure_ascii=False) + "\n" for each in results)
+    files.write_atomic(out / "items.jsonl", "".join(lines))
+
+
+def _prose(
+    job: Job, engine: Engine, encoder: Encoder
+) -> tuple[list[Measurement], dict[str, Any]]:
+    """Perplexity, and divergence from the baseline (or the baseline's own noise floor).
+
+    Closes `engine`.
+    """
+    cell = job.planned.cell
+    wanted = cell.slices.prose
+    if wanted is None:
+        engine.close()
+        return [], {}
+    text = models.resource(wanted.path).read_text(encoding="utf-8")
+    windows = prose.cut(encoder.prose(text, wanted.tokens), cell.context)
+    observed: dict[str, Any] = {"ppl_protocol": f"gptq-{cell.context}", "windows": len(windows)}
+    if is_baseline(job):
+        return _floor(job, engine, windows), observed
+    tokens, pairing = paired_tokens(job, engine, windows)
+    found = [prose.perplexity(tokens), *prose.against_baseline(tokens)]
+    return found, observed | pairing
+
+
+def _floor(job: Job, engine: Engine, windows: Windows) -> list[Measurement]:
+    """A baseline's perplexity, and its divergence from itself at the speed dtype."""
+    cell = job.planned.cell
+    other = load(job.artifact, cell, cell.runtime.speed_dtype)
+    tokens = Tokens.empty(len(windows), cell.context - 1)
+    prose.collect(tokens, windows, prose.rows(other, windows), prose.rows(engine, windows))
+    other.close()
+    engine.close()
+    exact = Tokens(tokens.base_nll, tokens.base_nll, tokens.kl, tokens.same_top, tokens.delta_p)
+    return [prose.perplexity(exact), prose.mean_over_windows("kld_floor", tokens.kl)]
+
+
+def paired_tokens(
+    job: Job, engine: Engine, windows: Windows, beside: bool | None = None
+) -> tuple[Tokens, dict[str, Any]]:
+    """Numbers of every token against the baseline, and how the two models were paired.
+
+    `beside` says whether both are held in memory at once; None decides by what is free. Closes
+    `engine`.
+    """
+    cell = job.planned.cell
+    assert job.baseline is not None
+    baseline = Path(job.baseline)
+    tokens = Tokens.empty(len(windows), cell.context - 1)
+
+    def load_baseline() -> Engine:
+        return load(baseline, baseline_cell(cell), cell.runtime.dtype)
+
+    if beside is None:
+        beside = fit_together(baseline, cell)
+    if beside:
+        reference = load_baseline()
+        prose.collect(tokens, windows, prose.rows(engine, windows), prose.rows(reference, windows))
+        reference.close()
+        engine.close()
+        return tokens, {"baseline_rows": "computed beside the cell"}
+    engine.close()
+    load_cell: Callable[[], Engine] = lambda: load(job.artifact, cell, cell.runtime.dtype)  # noqa: E731
+    floor = collect_by_turns(tokens, windows, load_cell, load_baseline)
+    return tokens, {"baseline_rows": "cached in float16", "kld_cache_floor": floor}

@@ -1,0 +1,158 @@
+"""Items of slices: reading, choosing, identity. Imports no model library (format: docs/slices.md)."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qgrid import models
+
+if TYPE_CHECKING:
+    from qgrid.files import HashCache
+    from qgrid.types import Slice, Slices
+
+_KEYS = {"id", "level", "prompt", "choices", "answer", "document", "schema"}
+
+
+class InvalidSlice(ValueError):
+    """A slice file that does not follow the format; the message names file, line and key."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. `message` is the user's whole message, the document's text included."""
+
+    id: str
+    level: int
+    message: str
+    answer: str
+    choices: tuple[str, ...]
+    document: str | None
+    schema: Mapping[str, Any] | None
+
+
+def identity(slices: Slices, cache: HashCache) -> dict[str, str]:
+    """Content hash of every file, by slice name; prose under `prose`."""
+    paths = {f"items.{name}": each.path for name, each in slices.items.items()}
+    if slices.prose:
+        paths["prose"] = slices.prose.path
+    return {name: cache.sha256(models.resource(path)) for name, path in sorted(paths.items())}
+
+
+def read(path: Path) -> list[Item]:
+    """All items of a JSONL file, in its order.
+
+    Raises:
+        InvalidSlice: a line that is no JSON object, a missing or unknown key, a repeated id.
+    """
+    documents: dict[str, str] = {}
+    items: dict[str, Item] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        place = f"{path.name}, line {number}"
+        content = _parsed(line, place)
+        if "text" in content:
+            documents[str(content["document"])] = content["text"]
+            continue
+        item = _item(content, documents, place)
+        if item.id in items:
+            raise InvalidSlice(f"{place}: id `{item.id}` is used twice; give every item its own")
+        items[item.id] = item
+    if not items:
+        raise InvalidSlice(f"{path.name} holds no items")
+    return list(items.values())
+
+
+def _parsed(line: str, place: str) -> dict[str, Any]:
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InvalidSlice(f"{place}: not JSON: {error.msg}") from None
+    if not isinstance(content, dict):
+        raise InvalidSlice(f"{place}: should be a JSON object, is {type(content).__name__}")
+    return content
+
+
+def _item(content: Mapping[str, Any], documents: Mapping[str, str], place: str) -> Item:
+    unknown = sorted(set(content) - _KEYS)
+    if unknown:
+        raise InvalidSlice(f"{place}: `{unknown[0]}` is not a key of an item (has: {sorted(_KEYS)})")
+    for key in ("id", "prompt", "answer"):
+        if not isinstance(content.get(key), str):
+            raise InvalidSlice(f"{place}: `{key}` should be text, is {content.get(key)!r}")
+    document = content.get("document")
+    if document is not None and document not in documents:
+        raise InvalidSlice(f"{place}: document `{document}` has no line with its text before it")
+    choices = tuple(content.get("choices", ()))
+    if choices and content["answer"] not in choices:
+        raise InvalidSlice(f"{place}: the answer {content['answer']!r} is not among the choices")
+    if len(set(choices)) < len(choices):
+        raise InvalidSlice(f"{place}: a choice appears twice")
+    prompt = content["prompt"]
+    return Item(
+        id=content["id"],
+        level=int(content.get("level", 0)),
+        message=prompt if document is None else f"{documents[document]}\n\n{prompt}",
+        answer=content["answer"],
+        choices=choices,
+        document=document,
+        schema=content.get("schema"),
+    )
+
+
+def load(name: str, wanted: Slice, seed: int) -> list[Item]:
+    """The items of a slice that a run evaluates, in the order of evaluation.
+
+    Raises:
+        InvalidSlice: see `read`; or items without choices in a slice scored by choice.
+    """
+    items = read(models.resource(wanted.path))
+    if wanted.scoring == "choice":
+        bare = next((item for item in items if len(item.choices) < 2), None)
+        if bare:
+            raise InvalidSlice(
+                f"slice `{name}` has `scoring=choice`, but item `{bare.id}` has fewer than two "
+                "choices; add `choices` to it or use `scoring=exact`"
+            )
+    return choose(items, wanted.limit, seed)
+
+
+def choose(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
+    """At most `limit` items, spread evenly over levels; items of one document stay together.
+
+    The seed alone decides which and in what order, so every cell of a grid sees the same.
+    """
+    turns = _by_turns(_shuffled_levels(_units(items), seed))
+    chosen = [item for unit in turns for item in unit]
+    return chosen if limit is None else chosen[:limit]
+
+
+def _units(items: Sequence[Item]) -> list[list[Item]]:
+    """Documents with their items; an item without a document is a unit by itself."""
+    units: dict[tuple[str, str], list[Item]] = {}
+    for item in items:
+        key = ("item", item.id) if item.document is None else ("document", item.document)
+        units.setdefault(key, []).append(item)
+    return list(units.values())
+
+
+def _shuffled_levels(units: Sequence[list[Item]], seed: int) -> list[list[list[Item]]]:
+    levels: dict[int, list[list[Item]]] = {}
+    for unit in units:
+        levels.setdefault(unit[0].level, []).append(unit)
+    for level, members in levels.items():
+        random.Random(f"{seed}:{level}").shuffle(members)
+    return [levels[level] for level in sorted(levels)]
+
+
+def _by_turns(levels: Sequence[Sequence[list[Item]]]) -> Iterator[list[Item]]:
+    """One unit of each level in turn until all are used."""
+    for turn in range(max(len(level) for level in levels)):
+        for level in levels:
+            if turn < len(level):
+                yield level[turn]

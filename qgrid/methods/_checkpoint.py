@@ -1,0 +1,101 @@
+"""Steps that every method shares: load the 16-bit model, keep its tokenizer, probe the result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qgrid import inspection, models
+from qgrid.contracts import Unsupported
+
+if TYPE_CHECKING:
+    import torch
+
+    from qgrid.types import Cell, Model
+
+PROBE_TOKENS = 48
+PROBE_TEXT = (
+    "Question: what is 12 + 34?\nAnswer: 46.\n"
+    '{"name": "get_weather", "arguments": {"city": "Zürich", "days": 3}}\n'
+    "def double(x):\n    return 2 * x\n"
+    "The quick brown fox jumps over the lazy dog while the rain keeps falling on the old town."
+)
+
+
+def refuse_quantized(source: Path) -> None:
+    """Refuse a source that is not a 16- or 32-bit checkpoint.
+
+    Raises:
+        Unsupported: the source is already quantized.
+    """
+    config = inspection.quantization_config(source)
+    if config:
+        raise Unsupported(
+            f"`model.id={source}` is already quantized ({config.get('quant_method')}); "
+            "give the 16-bit checkpoint that it was made from"
+        )
+
+
+def load_16bit(source: Path, model: Model, **arguments: Any) -> Any:
+    """The source model in its stored 16-bit dtype; a 32-bit checkpoint becomes bf16."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float16 if _is_half(source) else torch.bfloat16
+    options = models.load_options(model) | {"dtype": dtype} | arguments
+    return AutoModelForCausalLM.from_pretrained(source, **options).eval()
+
+
+def is_16bit(source: Path) -> bool:
+    """Whether every stored weight is bf16 or fp16 in safetensors."""
+    dtypes = {tensor.dtype for tensor in inspection.read_headers(source).values()}
+    return bool(dtypes) and dtypes <= inspection.FLOATS_16
+
+
+def _is_half(source: Path) -> bool:
+    config = json.loads((source / "config.json").read_text())
+    return config.get("dtype", config.get("torch_dtype")) == "float16"
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copy the tokenizer's files byte for byte: a library that saves it again may change it."""
+    for name in models.TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def probe(source: Path, cell: Cell) -> tuple[int, ...]:
+    """Token ids that the reload check feeds: ordinary text, seeded ids where it is too short."""
+    ids = list(tokenizer(source, cell.model)(PROBE_TEXT)["input_ids"])
+    vocab = int(models.architecture(source)["vocab"])
+    spread = [(7919 * (i + 1)) % vocab for i in range(PROBE_TOKENS)]
+    return tuple((ids + spread)[:PROBE_TOKENS])
+
+
+def tokenizer(source: Path, model: Model) -> Any:
+    """The tokenizer of a checkpoint."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+
+
+def logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """Logits `(tokens, vocab)` of one sequence, fp32 on the CPU, computed as the model is."""
+    import torch
+
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        output = model(torch.tensor([list(ids)], device=device), use_cache=False)
+    result: torch.Tensor = output.logits[0].float().cpu()
+    return result
+
+
+def reload(folder: Path, cell: Cell) -> Any:
+    """The checkpoint as a runtime would find it, in its stored dtype."""
+    from transformers import AutoModelForCausalLM
+
+    options = models.load_options(cell.model)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()

@@ -1,0 +1,100 @@
+"""Every metric that qgrid reports: unit, which way is better, one sentence of definition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    unit: str
+    better: Literal["higher", "lower", "neither"]
+    title: str  # column head
+    definition: str
+
+
+METRICS: dict[str, Metric] = {
+    # quality
+    "ppl": Metric("1", "lower", "ppl", "Perplexity by the gptq-N protocol at the cell's context."),
+    "ln_ppl_ratio": Metric(
+        "nats", "lower", "ln ppl ratio", "Mean paired difference of negative log-likelihood."
+    ),
+    "kld_mean": Metric(
+        "nats", "lower", "KLD", "Mean over tokens of KL(baseline || cell), full vocabulary."
+    ),
+    "kld_median": Metric("nats", "lower", "KLD median", "Median of the per-token KL divergence."),
+    "kld_p90": Metric("nats", "lower", "KLD p90", "90th percentile of the per-token KL."),
+    "kld_p95": Metric("nats", "lower", "KLD p95", "95th percentile of the per-token KL."),
+    "kld_p99": Metric("nats", "lower", "KLD p99", "99th percentile of the per-token KL."),
+    "kld_p999": Metric("nats", "lower", "KLD p99.9", "99.9th percentile of the per-token KL."),
+    "kld_max": Metric("nats", "lower", "KLD max", "Largest per-token KL divergence."),
+    "kld_floor": Metric(
+        "nats", "lower", "KLD floor", "KL of the baseline at the speed dtype against itself."
+    ),
+    "same_top_p": Metric(
+        "ratio", "higher", "same top", "Share of positions whose most likely token is the baseline's."
+    ),
+    "delta_p_mean": Metric(
+        "ratio", "higher", "dp", "Mean change of the probability of the true token."
+    ),
+    "delta_p_rms": Metric(
+        "ratio", "lower", "dp rms", "Root mean square change of the true token's probability."
+    ),
+    "accuracy": Metric("ratio", "higher", "accuracy", "Share of a slice's items answered right."),
+    "accuracy_delta": Metric(
+        "ratio", "higher", "change", "Accuracy less the baseline's on the same items."
+    ),
+    "answer_logprob": Metric(
+        "nats", "higher", "answer logprob", "Mean log-probability of the right answer."
+    ),
+    "answer_logprob_delta": Metric(
+        "nats", "higher", "logprob change", "Mean paired change of the answer's log-probability."
+    ),
+    "flips_worse": Metric(
+        "items", "lower", "worse", "Items that the baseline had right and the cell has wrong."
+    ),
+    "flips_better": Metric(
+        "items", "higher", "better", "Items that the baseline had wrong and the cell has right."
+    ),
+    "mcnemar_p": Metric(
+        "1", "neither", "p", "Exact one-sided McNemar p of the flips for the worse."
+    ),
+    # size and memory
+    "size_on_disk_bytes": Metric("bytes", "lower", "size", "Bytes of all files of the artifact."),
+    "bits_per_weight": Metric(
+        "bits", "lower", "bpw", "All stored weight bits over all parameters."
+    ),
+    "linear_bits_per_weight": Metric(
+        "bits", "lower", "linear bpw", "Stored bits of the decoder's linears, scales included."
+    ),
+    "resident_weights_bytes": Metric(
+        "bytes", "lower", "weights", "Bytes of weights in memory while the engine computes."
+    ),
+    "kv_bytes_per_token": Metric("bytes", "lower", "KV/token", "Bytes of KV cache a token takes."),
+    "peak_memory_bytes": Metric(
+        "bytes", "lower", "peak", "Highest memory of the speed stage above its start."
+    ),
+    # speed
+    "prefill_throughput": Metric(
+        "tok/s", "higher", "prefill", "Prompt tokens over time to first token, all requests."
+    ),
+    "decode_throughput": Metric(
+        "tok/s", "higher", "decode", "Output tokens after the first over decode time, all requests."
+    ),
+    "ttft_ms": Metric("ms", "lower", "TTFT", "Time from request to first token."),
+    "itl_ms": Metric("ms", "lower", "ITL", "Time between two tokens of one request."),
+    "tpot_ms": Metric("ms", "lower", "TPOT", "(latency - TTFT) / (output tokens - 1)."),
+    "e2e_latency_ms": Metric("ms", "lower", "latency", "Time from request to last token."),
+    "ttft_p90_ms": Metric("ms", "lower", "TTFT p90", "90th percentile of the TTFT."),
+    "ttft_p99_ms": Metric("ms", "lower", "TTFT p99", "99th percentile of the TTFT."),
+    "itl_p90_ms": Metric("ms", "lower", "ITL p90", "90th percentile of the ITL."),
+    "itl_p99_ms": Metric("ms", "lower", "ITL p99", "99th percentile of the ITL."),
+    "tpot_p90_ms": Metric("ms", "lower", "TPOT p90", "90th percentile of the TPOT."),
+    "tpot_p99_ms": Metric("ms", "lower", "TPOT p99", "99th percentile of the TPOT."),
+    "e2e_latency_p90_ms": Metric("ms", "lower", "latency p90", "90th percentile of the latency."),
+    "e2e_latency_p99_ms": Metric("ms", "lower", "latency p99", "99th percentile of the latency."),
+    "timing_cv": Metric(
+        "ratio", "lower", "cv", "Coefficient of variation of decode throughput over repeats."
+    ),
+}

@@ -1,0 +1,271 @@
+"""Cells from choices: widths, legality, identities, baselines, order. Pure apart from `Facts`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qgrid import codec, estimate, registry
+from qgrid import facts as lookups
+from qgrid.types import Cell, Choice, Method, MethodSupport, PlannedCell, Status
+
+if TYPE_CHECKING:
+    from qgrid.facts import Facts
+
+UNQUANTIZED = 16
+BASELINE = Method("none", {})
+BASELINE_KV = ("auto16", 16)
+
+
+class EmptyGrid(ValueError):
+    """Nothing is left to run; the message names the rules that refused every cell."""
+
+
+class WidthConflict(ValueError):
+    """`bits` and an option of the method name different widths."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a cell will not run: the status, the rule's name and one sentence."""
+
+    status: Status
+    rule: str
+    reason: str
+
+
+def build(choices: Iterable[Choice], facts: Facts) -> list[PlannedCell]:
+    """The plan of a grid: resolved, without duplicates, with baselines, neighbours sharing work.
+
+    Raises:
+        EmptyGrid: every cell was refused.
+        WidthConflict: `bits` and a method option disagree.
+    """
+    cells: dict[str, PlannedCell] = {}
+    rules: Counter[str] = Counter()
+    for choice in choices:
+        planned, refusal = _planned(choice, facts)
+        known = cells.get(planned.cell_id)
+        if known is not None:
+            cells[planned.cell_id] = replace(known, notes=_joined(known.notes, planned.notes))
+            continue
+        cells[planned.cell_id] = planned
+        if refusal is not None:
+            rules[f"{refusal.rule}: {refusal.reason}"] += 1
+    if all(planned.status is not None for planned in cells.values()):
+        raise EmptyGrid(_emptied(rules))
+    for planned in [p for p in cells.values() if p.status is None]:
+        baseline = _baseline(planned, facts)
+        cells.setdefault(baseline.cell_id, baseline)
+    return _ordered(list(cells.values()))
+
+
+def _planned(choice: Choice, facts: Facts) -> tuple[PlannedCell, Refusal | None]:
+    support = registry.method(choice.method.name).SUPPORTS
+    bits, notes = _width(choice, support)
+    cell = Cell(
+        model=choice.model,
+        method=choice.method,
+        bits=bits,
+        runtime=choice.runtime,
+        gpu=facts.gpu(choice.gpu),
+        kv_cache=choice.kv_cache,
+        calibration=choice.calibration if support.calibrated else None,
+        slices=choice.slices,
+        workload=choice.workload,
+        context=choice.context,
+        seed=choice.seed,
+    )
+    predicted = _predicted(cell, facts)
+    refusal = _refusal(cell, support, predicted)
+    planned = _identified(cell, facts, added=False)
+    return (
+        replace(
+            planned,
+            status=None if refusal is None else refusal.status,
+            reason=None if refusal is None else refusal.reason,
+            notes=notes,
+            predicted=predicted,
+        ),
+        refusal,
+    )
+
+
+def _width(choice: Choice, support: MethodSupport) -> tuple[int, tuple[str, ...]]:
+    """The width a method will use for what was asked."""
+    option_bits = getattr(registry.method(choice.method.name), "option_bits", None)
+    implied = option_bits(choice.method.options) if option_bits is not None else None
+    asked = choice.bits
+    if implied is not None and asked is not None and implied != asked:
+        raise WidthConflict(
+            f"`bits={asked}` and the options of `method={choice.method.name}` disagree: "
+            f"they mean {implied} bits; drop one of the two"
+        )
+    if support.bits == (UNQUANTIZED,) and asked not in (None, UNQUANTIZED):
+        note = f"`{choice.method.name}` has the one width 16; `bits={asked}` gives the same cell"
+        return UNQUANTIZED, (note,)
+    if asked is None:
+        asked = support.default_bits if implied is None else implied
+    return asked, ()
+
+
+def _refusal(cell: Cell, support: MethodSupport, predicted: dict[str, float]) -> Refusal | None:
+    """The first rule that a cell breaks. Derived from what methods and runtimes declare."""
+    loads = registry.runtime(cell.runtime.name).LOADS
+    method, runtime, kind = cell.method.name, cell.runtime.name, cell.gpu.kind
+    if cell.bits not in support.bits:
+        return Refusal("unsupported", "bits", _no_such_width(method, cell.bits, support))
+    for name, packages in ((method, support.packages), (runtime, loads.packages)):
+        if absent := lookups.missing(packages):
+            return Refusal("unsupported", "packages", f"`{name}` {absent}")
+    if support.needs_gpu and kind == "cpu":
+        return Refusal("unsupported", "device", f"method `{method}` needs a GPU to quantize")
+    made = support.produces[cell.bits]
+    readable = loads.loads.get(kind, ())
+    if made not in readable:
+        reason = f"runtime `{runtime}` on {kind} does not load `{made}` (loads: {_list(readable)})"
+        return Refusal("unsupported", "format", reason)
+    intents = loads.kv_cache.get(kind, ())
+    if cell.kv_cache.name not in intents:
+        reason = f"runtime `{runtime}` on {kind} has no `kv_cache={cell.kv_cache.name}`"
+        return Refusal("unsupported", "kv_cache", f"{reason} (has: {_list(intents)})")
+    room = cell.gpu.memory_gib * cell.gpu.count * estimate.GIB
+    if room and predicted.get("total_bytes", 0) > room:
+        need = predicted["total_bytes"] / estimate.GIB
+        reason = f"weights and KV cache take {need:.1f} GiB; {cell.gpu.name} has"
+        return Refusal("does_not_fit", "memory", f"{reason} {room / estimate.GIB:.1f} GiB")
+    return None
+
+
+def _no_such_width(method: str, bits: int, support: MethodSupport) -> str:
+    others = [
+        name
+        for name in sorted(registry.names("methods"))
+        if name != method and bits in registry.method(name).SUPPORTS.bits
+    ]
+    advice = f"; use `method={others[0]}`" if others else ""
+    if len(others) > 1:
+        advice = f"; methods with {bits} bits: {', '.join(others)}"
+    return f"method `{method}` has no `bits={bits}` (has: {_list(support.bits)}){advice}"
+
+
+def _predicted(cell: Cell, facts: Facts) -> dict[str, float]:
+    """Planned memory where the model's sizes are known on this machine."""
+    sizes = facts.architecture(cell.model)
+    expected = getattr(registry.method(cell.method.name), "linear_bits_per_weight", None)
+    if sizes is None:
+        return {}
+    stored = float(cell.bits) if expected is None else expected(cell.bits, cell.method.options)
+    users = max((1, *cell.workload.concurrency))
+    return estimate.predict(sizes, stored, cell.kv_cache.bits, cell.context, users)
+
+
+def _identified(cell: Cell, facts: Facts, added: bool) -> PlannedCell:
+    """A cell with the identities that its configuration and contents give it."""
+    artifact_id = _artifact_id(cell, facts)
+    base = _as_baseline(cell)
+    base_artifact = artifact_id if base == cell else _artifact_id(base, facts)
+    quality_id = _quality_id(cell, artifact_id, base_artifact, facts)
+    cell_id = _cell_id(cell, quality_id, facts)
+    baseline_id = None
+    if base != cell:
+        base_quality = _quality_id(base, base_artifact, base_artifact, facts)
+        baseline_id = _cell_id(base, base_quality, facts)
+    return PlannedCell(cell_id, artifact_id, quality_id, baseline_id, cell, added)
+
+
+def _artifact_id(cell: Cell, facts: Facts) -> str:
+    support = registry.method(cell.method.name).SUPPORTS
+    calibrated = cell.calibration is not None
+    return codec.digest(
+        [
+            facts.model(cell.model),
+            facts.digest(cell.method),
+            cell.bits,
+            facts.calibration(cell.calibration) if cell.calibration is not None else None,
+            cell.seed if calibrated else None,
+            lookups.locked(support.packages, support.environment),
+        ]
+    )
+
+
+def _quality_id(cell: Cell, artifact_id: str, base_artifact_id: str, facts: Facts) -> str:
+    runtime = registry.runtime(cell.runtime.name).LOADS
+    return codec.digest(
+        [
+            artifact_id,
+            base_artifact_id,
+            cell.runtime.name,
+            cell.runtime.dtype,
+            facts.digest(cell.runtime.options),
+            lookups.locked(runtime.packages, runtime.environment),
+            cell.kv_cache.name,
+            cell.gpu.kind if cell.gpu.capability is None else cell.gpu.capability,
+            cell.context,
+            facts.slices(cell.slices),
+            cell.seed,
+        ]
+    )
+
+
+def _cell_id(cell: Cell, quality_id: str, facts: Facts) -> str:
+    parts = [cell.model.name, cell.gpu.name, cell.gpu.count, cell.slices.name]
+    timing = [cell.runtime.speed_dtype, cell.runtime.threads]
+    return codec.digest([quality_id, *parts, *timing, facts.digest(cell.workload)])
+
+
+def _as_baseline(cell: Cell) -> Cell:
+    """The same cell at 16 bits with a 16-bit KV cache."""
+    if (
+        cell.method.name == BASELINE.name
+        and cell.bits == UNQUANTIZED
+        and cell.kv_cache.name == BASELINE_KV[0]
+    ):
+        return cell
+    kv_cache = replace(cell.kv_cache, name=BASELINE_KV[0], bits=BASELINE_KV[1])
+    return replace(
+        cell, method=BASELINE, bits=UNQUANTIZED, kv_cache=kv_cache, calibration=None
+    )
+
+
+def _baseline(planned: PlannedCell, facts: Facts) -> PlannedCell:
+    cell = _as_baseline(planned.cell)
+    if cell == planned.cell:
+        return planned
+    predicted = _predicted(cell, facts)
+    added = replace(_identified(cell, facts, added=True), predicted=predicted)
+    refusal = _refusal(cell, registry.method(cell.method.name).SUPPORTS, predicted)
+    if refusal is None:
+        return added
+    return replace(added, status=refusal.status, reason=refusal.reason)
+
+
+def _ordered(cells: Sequence[PlannedCell]) -> list[PlannedCell]:
+    """Baselines of a model before what is compared with them; one artifact's cells together."""
+    models: dict[str, int] = {}
+    artifacts: dict[str, int] = {}
+    for planned in cells:
+        models.setdefault(planned.cell.model.name + planned.cell.model.id, len(models))
+        artifacts.setdefault(planned.artifact_id, len(artifacts))
+
+    def place(planned: PlannedCell) -> tuple[bool, int, bool, int]:
+        model = models[planned.cell.model.name + planned.cell.model.id]
+        is_candidate = planned.baseline_cell_id is not None
+        return planned.status is not None, model, is_candidate, artifacts[planned.artifact_id]
+
+    return sorted(cells, key=place)
+
+
+def _emptied(rules: Counter[str]) -> str:
+    listed = "; ".join(f"{count} by {rule}" for rule, count in rules.most_common())
+    return f"the grid is empty: every cell was refused ({listed})"
+
+
+def _joined(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys([*first, *second]))
+
+
+def _list(names: Iterable[object]) -> str:
+    return ", ".join(str(name) for name in names) or "nothing"

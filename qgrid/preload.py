@@ -1,0 +1,61 @@
+"""What the warm parent imports, so that its children need not: libraries by distribution."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from qgrid import codec, registry
+from qgrid.types import Job
+
+# Distribution -> modules that a stage using it would otherwise import in each child.
+MODULES: dict[str, tuple[str, ...]] = {
+    "torch": ("torch", "numpy", "safetensors.torch"),
+    "transformers": (
+        "transformers",
+        "transformers.modeling_utils",
+        "transformers.generation.utils",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.models.llama.modeling_llama",
+    ),
+    "qgrid": ("qgrid.stages", "qgrid.artifacts", "qgrid.measure.quality", "qgrid.measure.speed"),
+    "compressed-tensors": (
+        "compressed_tensors",
+        "transformers.quantizers.quantizer_compressed_tensors",
+    ),
+    "bitsandbytes": ("bitsandbytes", "transformers.quantizers.quantizer_bnb_4bit"),
+    "llmcompressor": (
+        "llmcompressor",
+        "llmcompressor.modifiers.quantization",
+        "llmcompressor.modifiers.awq",
+        "transformers.quantizers.quantizer_compressed_tensors",
+    ),
+}
+BASE = ("torch", "transformers", "qgrid")  # imported before the first job
+
+
+def needs(path: Path) -> tuple[str, tuple[str, ...]]:
+    """The stage of a job file and what to import for it: distributions and model modules."""
+    try:
+        job = codec.loads(Job, path.read_bytes())
+        cell = job.planned.cell
+        runtime = registry.runtime(cell.runtime.name).LOADS.packages
+        method = registry.method(cell.method.name).SUPPORTS.packages
+    except Exception:  # noqa: BLE001 - a user's module may fail in any way; the child reports it
+        return "artifact", ()
+    used = (*runtime, *method)
+    return job.stage, (*(name for name in used if name in MODULES), *_model_module(job))
+
+
+def _model_module(job: Job) -> Iterator[str]:
+    """The transformers module of the artifact's architecture."""
+    with contextlib.suppress(OSError, ValueError, KeyError, ImportError):
+        config = json.loads((Path(job.artifact) / "config.json").read_text(encoding="utf-8"))
+        name = f"transformers.models.{config['model_type']}.modeling_{config['model_type']}"
+        if "transformers" in sys.modules and importlib.util.find_spec(name) is not None:
+            yield name

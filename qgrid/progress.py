@@ -1,0 +1,150 @@
+"""What a running sweep prints: a bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TextIO
+
+from qgrid.types import PlannedCell, Record, Stage
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+
+class Progress:
+    """Stage, cell, count and estimated time left. The only place where a running sweep prints."""
+
+    def __init__(self, planned: Sequence[PlannedCell], stream: TextIO | None = None) -> None:
+        self._stream = sys.stdout if stream is None else stream
+        self._labels = labels(planned)
+        self._total = len(planned)
+        self._done = 0
+        self._to_run = 0
+        self._ran = 0
+        self._seconds = 0.0
+        self._begin = 0.0
+        self._current: PlannedCell | None = None
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+
+    def open(self, num_to_run: int) -> None:
+        """Begin; on a terminal the bar appears."""
+        self._to_run = num_to_run
+        if self._stream.isatty():
+            self._bar = _bar(self._stream)
+            self._task = self._bar.add_task("", total=self._total, left="")
+            self._bar.start()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def begin(self, planned: PlannedCell) -> None:
+        """A cell starts."""
+        self._current = planned
+        self._begin = time.monotonic()
+
+    def stage(self, stage: Stage) -> None:
+        """A stage of the current cell starts."""
+        assert self._current is not None
+        text = f"{self._labels[self._current.cell_id]}: {stage}"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=text, left=self._left())
+        else:
+            self.line(f"[{self._done + 1}/{self._total}] {text} ...")
+
+    def end(self, planned: PlannedCell, record: Record, ran: bool) -> None:
+        """A cell is done; one that had been done before or was refused costs no time."""
+        self._done += 1
+        took = ""
+        if ran:
+            seconds = time.monotonic() - self._begin
+            self._ran += 1
+            self._seconds += seconds
+            took = f" in {seconds:.1f} s"
+        text = f"{record.status:<12} {self._labels[planned.cell_id]}{took}"
+        if record.error is not None:
+            text += f": {record.error.message}"
+        left = self._left() if ran else ""
+        self.line(f"[{self._done}/{self._total}] {text}{f' ({left})' if left else ''}")
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done, description="", left=left)
+
+    def line(self, text: str) -> None:
+        """Print one line, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+    def label(self, planned: PlannedCell) -> str:
+        """A cell's name in this sweep."""
+        return self._labels[planned.cell_id]
+
+    def _left(self) -> str:
+        remaining = self._to_run - self._ran
+        if self._ran == 0 or remaining <= 0:
+            return ""
+        return f"about {duration(self._seconds / self._ran * remaining)} left"
+
+
+def labels(planned: Sequence[PlannedCell]) -> dict[str, str]:
+    """Short names by cell id: method and bits, and whatever else differs between the cells."""
+    parts = {each.cell_id: _parts(each) for each in planned}
+    varying = {
+        key for key in next(iter(parts.values()), {}) if len({p[key] for p in parts.values()}) > 1
+    }
+    shown = varying | {"model", "method", "bits"}
+    return {
+        cell_id: " ".join(text for key, text in each.items() if key in shown)
+        for cell_id, each in parts.items()
+    }
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min 20 s` or `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _parts(planned: PlannedCell) -> dict[str, str]:
+    cell = planned.cell
+    return {
+        "model": cell.model.name if cell.model.name != "hf" else cell.model.id,
+        "method": cell.method.name,
+        "bits": f"{cell.bits}-bit",
+        "options": ",".join(f"{key}={value}" for key, value in cell.method.options.items()),
+        "runtime": cell.runtime.name,
+        "gpu": cell.gpu.name,
+        "kv_cache": f"kv={cell.kv_cache.name}",
+        "calibration": "" if cell.calibration is None else cell.calibration.name,
+        "slices": cell.slices.name,
+        "workload": cell.workload.name,
+        "context": f"context={cell.context}",
+        "seed": f"seed={cell.seed}",
+    }
+
+
+def _bar(stream: TextIO) -> Bar:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
+
+    columns = (
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        Elapsed(),
+        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.fields[left]}", markup=False),
+    )
+    return Progress(*columns, console=Console(file=stream), transient=True)

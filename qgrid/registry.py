@@ -1,0 +1,59 @@
+"""Methods and runtimes by name: a file name is the registry key; entry points add a user's own."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+if TYPE_CHECKING:
+    from qgrid.contracts import MethodModule, RuntimeModule
+
+Kind = Literal["methods", "runtimes"]
+
+
+class UnknownName(ValueError):
+    """A name that no file and no entry point provides."""
+
+
+@cache
+def names(kind: Kind) -> dict[str, str]:
+    """Name -> importable module, qgrid's own first; files with a leading underscore are private."""
+    package = importlib.import_module(f"qgrid.{kind}")
+    own = {
+        module.name: f"qgrid.{kind}.{module.name}"
+        for module in pkgutil.iter_modules(package.__path__)
+        if not module.name.startswith("_")
+    }
+    theirs = {point.name: point.value for point in entry_points(group=f"qgrid.{kind}")}
+    return theirs | own
+
+
+def method(name: str) -> MethodModule:
+    """The method's module.
+
+    Raises:
+        UnknownName: no such method; the message lists the known ones.
+    """
+    return cast("MethodModule", _load("methods", name))
+
+
+def runtime(name: str) -> RuntimeModule:
+    """The runtime's module.
+
+    Raises:
+        UnknownName: no such runtime; the message lists the known ones.
+    """
+    return cast("RuntimeModule", _load("runtimes", name))
+
+
+def _load(kind: Kind, name: str) -> Any:
+    known = names(kind)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        raise UnknownName(f"`{kind[:-1]}={name}` is unknown (has: {', '.join(sorted(known))}){hint}")
+    return importlib.import_module(known[name])

@@ -1,0 +1,81 @@
+"""Which parts of a cell vary in a sweep, and a short label for every choice of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from qgrid import codec
+from qgrid.types import Cell
+
+ALWAYS = ("method", "bits")
+OTHERS = (
+    "model",
+    "runtime",
+    "gpu",
+    "kv_cache",
+    "calibration",
+    "slices",
+    "workload",
+    "context",
+    "seed",
+)
+ABSENT = "-"  # a method that needs no calibration
+
+
+def labels(cells: Sequence[Cell]) -> list[dict[str, str]]:
+    """For each cell, axis -> label; `method` and `bits` first, then only axes that vary.
+
+    A label is the choice's name; choices of one name that differ carry the values that tell them
+    apart (`gptq group_size=32`).
+    """
+    columns = {axis: _labels([getattr(cell, axis) for cell in cells]) for axis in (*ALWAYS, *OTHERS)}
+    shown = [*ALWAYS, *(axis for axis in OTHERS if _varies(columns[axis]))]
+    return [{axis: columns[axis][i] for axis in shown} for i in range(len(cells))]
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested plain data as one level: `{"options": {"a": 1}}` is `{"options.a": 1}`.
+
+    Lists become JSON text.
+    """
+    if isinstance(value, Mapping):
+        pairs: dict[str, Any] = {}
+        for key, item in value.items():
+            pairs |= flat(item, f"{prefix}.{key}" if prefix else str(key))
+        return pairs
+    return {prefix: json.dumps(value) if isinstance(value, (list, tuple)) else value}
+
+
+def _varies(column: Iterable[str]) -> bool:
+    return len(set(column) - {ABSENT}) > 1
+
+
+def _labels(values: Sequence[Any]) -> list[str]:
+    nodes = [flat(codec.plain(value)) for value in values]
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for node in nodes:
+        same = by_name.setdefault(_name(node), [])
+        if node not in same:
+            same.append(node)
+    telling = {name: _differing(same) for name, same in by_name.items()}
+    return [_label(node, telling[_name(node)]) for node in nodes]
+
+
+def _name(node: Mapping[str, Any]) -> str:
+    """The name of a group's choice, or the value of a scalar (whose only key is empty)."""
+    value = node.get("name", node.get(""))
+    if value == "hf":  # the choice that stands for any checkpoint
+        value = node.get("id")
+    return ABSENT if value is None else str(value)
+
+
+def _differing(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for node in nodes for key in node)
+    return [key for key in keys if len({repr(node.get(key)) for node in nodes}) > 1]
+
+
+def _label(node: Mapping[str, Any], telling: Sequence[str]) -> str:
+    parts = [f"{key.rpartition('.')[2]}={node.get(key)}" for key in telling]
+    return " ".join([_name(node), *parts])

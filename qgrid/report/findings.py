@@ -1,0 +1,192 @@
+"""One sentence per surprise: what a reader of the table would want to be told first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qgrid.report import compare, numbers, rows, sheet
+from qgrid.report.rows import Row
+from qgrid.types import Measurement, PlannedCell, Record
+
+FINE_DROP = 0.01  # a mean that lost at most a point looks harmless
+TOO_GOOD = 0.01  # a gain whose lower bound is above a point is not believed
+MASTERED = 0.98
+SURPLUS_BITS, SURPLUS_SHARE = 1.0, 0.25  # stored above asked, whichever is larger
+SURPLUS_BYTES, SURPLUS_SIZE = 2 * numbers.MIB, 0.10
+
+
+def surprises(planned: Sequence[PlannedCell], records: Sequence[Record]) -> list[str]:
+    """Sentences about what is not as it should be, the gravest kinds first."""
+    grouped = rows.groups(planned, records)
+    measured = [row for group in grouped for row in group if row.record is not None]
+    per_row = (_fallen, _gains, _larger, _fallbacks, _failed_checks, _timing, _unpacked)
+    found = [sentence for find in per_row for row in measured for sentence in find(row)]
+    for group in grouped:
+        found += _rising_divergence(group)
+        found += _uninformative(group[0])
+    return list(dict.fromkeys(found))
+
+
+def _fallen(row: Row) -> Iterator[str]:
+    """Slices whose paired change is below 0; a harmless mean is named beside them (P9)."""
+    changes = row.changes
+    fallen = sorted(compare.fallen(changes), key=lambda name: changes[name].value)
+    if not fallen:
+        return
+    listed = ", ".join(f"`{name}` {_change(changes[name])}" for name in fallen)
+    several = "slices fell" if len(fallen) > 1 else "a slice fell"
+    mean = compare.mean_change(list(changes.values()))
+    tail = ""
+    if mean is not None and len(changes) > len(fallen) and mean.value >= -FINE_DROP:
+        tail = f", although the mean over {len(changes)} slices changed by only "
+        tail += f"{numbers.points(mean.value)} points"
+    yield f"{row.name}: {several}: {listed}{tail}."
+
+
+def _change(change: Measurement) -> str:
+    interval = compare.bounds(change)
+    text = f"{numbers.points(change.value)} points"
+    if interval is None:
+        return text
+    return f"{text} ({numbers.points(interval[0])} to {numbers.points(interval[1])})"
+
+
+def _gains(row: Row) -> Iterator[str]:
+    """Quantization does not teach: a clear gain points at the measurement."""
+    for name, change in row.changes.items():
+        interval = compare.bounds(change)
+        if interval is not None and interval[0] > TOO_GOOD:
+            yield f"{row.name}: `{name}` gained {_change(change)}, which is implausible; check it."
+    ratio = row.get("ln_ppl_ratio")
+    interval = compare.bounds(ratio) if ratio is not None and not row.is_baseline else None
+    if interval is not None and interval[1] < -TOO_GOOD:
+        yield f"{row.name}: perplexity is better than the baseline's, which is implausible; check it."
+
+
+def _larger(row: Row) -> Iterator[str]:
+    """Artifacts that take more than what was asked for."""
+    asked, stored = row.planned.cell.bits, row.get("linear_bits_per_weight")
+    if stored is not None and stored.value - asked > max(SURPLUS_BITS, SURPLUS_SHARE * asked):
+        yield (
+            f"{row.name}: the linears take {stored.value:.2f} bits per weight, more than the "
+            f"{asked} asked for."
+        )
+    size, base = row.get("size_on_disk_bytes"), rows.find(row.baseline, "size_on_disk_bytes", None)
+    if size is None:
+        return
+    if base is not None and asked < 16 and size.value >= base.value:
+        yield f"{row.name}: takes {_mib(size.value)} on disk, no less than the baseline's {_mib(base.value)}."
+    planned = row.planned.predicted.get("weight_bytes")
+    if planned is not None and size.value - planned > max(SURPLUS_BYTES, SURPLUS_SIZE * planned):
+        yield f"{row.name}: takes {_mib(size.value)} on disk, {_mib(planned)} were planned."
+
+
+def _mib(value: float) -> str:
+    unit, scale = numbers.byte_unit([value])
+    return f"{value / scale:.2f} {unit}"
+
+
+def _fallbacks(row: Row) -> Iterator[str]:
+    """Linear layers that another method than the one asked for made, or none."""
+    asked = row.planned.cell.method.name
+    made = module_methods(row.record.artifact) if row.record is not None else {}
+    strangers = {name: count for name, count in made.items() if name != asked}
+    if strangers and asked in made:
+        listed = ", ".join(f"{count} by `{name}`" for name, count in strangers.items())
+        total = sum(made.values())
+        yield f"{row.name}: not all {total} linears were made by `{asked}`: {listed}."
+
+
+def module_methods(artifact: Mapping[str, Any]) -> dict[str, int]:
+    """Method -> number of linears, from a histogram or from the manifest's list of modules."""
+    found: dict[str, int] = {}
+    for entry, value in _mapping(artifact.get("modules")).items():
+        if isinstance(value, Mapping):
+            method, count = str(value.get("method", entry)), value.get("count", 1)
+        else:
+            method, count = str(entry).split(" ")[0], value
+        if isinstance(count, int):
+            found[method] = found.get(method, 0) + count
+    return found
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _failed_checks(row: Row) -> Iterator[str]:
+    """Checks that failed without ending the cell."""
+    for check in row.record.checks if row.record is not None else ():
+        if not check.ok and not check.fatal:
+            yield (
+                f"{row.name}: check `{check.name}` expected {check.expected}, found {check.actual}."
+            )
+
+
+def _timing(row: Row) -> Iterator[str]:
+    unstable = [
+        (part, spread)
+        for part in rows.loads([row], "timing_cv")
+        if row.is_unstable(part) and (spread := row.get("timing_cv", part)) is not None
+    ]
+    if unstable:
+        listed = ", ".join(
+            f"{100 * spread.value:.0f} % at batch {rows.concurrency(part)}"
+            for part, spread in unstable
+        )
+        yield f"{row.name}: the timing is unstable, its repeats vary by {listed}."
+
+
+def _unpacked(row: Row) -> Iterator[str]:
+    if row.is_decompressed:
+        yield (
+            f"{row.name}: `{row.planned.cell.runtime.name}` unpacks the weights ("
+            f"{sheet.unpacking(row)}), so it saves disk, but neither memory nor time."
+        )
+
+
+def _rising_divergence(group: Sequence[Row]) -> Iterator[str]:
+    """More bits, yet farther from the baseline by more than both standard errors explain."""
+    last: dict[tuple[str, ...], Row] = {}
+    for row in sorted(group, key=lambda row: row.planned.cell.bits):
+        now = row.get("kld_mean")
+        if row.is_baseline or now is None:
+            continue
+        others = tuple(label for axis, label in row.labels.items() if axis != "bits")
+        fewer = last.get(others)
+        before = None if fewer is None else fewer.get("kld_mean")
+        if fewer is not None and before is not None and _clearly_above(now, before):
+            yield (
+                f"{row.name}: its KL divergence ({numbers.plain(now.value)} nats) is larger than at "
+                f"{fewer.planned.cell.bits} bits ({numbers.plain(before.value)})."
+            )
+        last[others] = row
+
+
+def _clearly_above(value: Measurement, other: Measurement) -> bool:
+    mine, theirs = compare.bounds(value), compare.bounds(other)
+    if mine is None or theirs is None:
+        return value.value > other.value
+    return mine[0] > theirs[1]
+
+
+def _uninformative(row: Row) -> Iterator[str]:
+    """Slices on which no quantization can show: mastered, or at chance."""
+    if not row.is_baseline:
+        return
+    chance = _mapping(row.observed("chance"))
+    for name in rows.slices([row]):
+        accuracy = row.get("accuracy", name)
+        if accuracy is None:
+            continue
+        interval = compare.bounds(accuracy)
+        guess = chance.get(name)
+        share = numbers.percent(accuracy.value)
+        if accuracy.value > MASTERED:
+            yield f"`{name}` is uninformative: {row.name} answers {share} right, so it can hardly fall."
+        elif isinstance(guess, (int, float)) and interval is not None and interval[0] <= guess:
+            yield (
+                f"`{name}` is uninformative: {row.name} answers {share} right, and guessing gives "
+                f"{numbers.percent(guess)}."
+            )

@@ -1,0 +1,154 @@
+"""One row a planned cell: the plan's wish joined with the record's truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qgrid.report import axes, compare
+from qgrid.types import Measurement, PlannedCell, Record
+
+NOT_RUN = "not run"
+UNSTABLE_CV = 0.05
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell of the sweep; `baseline` is the record it compares with, where there is one."""
+
+    planned: PlannedCell
+    record: Record | None
+    baseline: Record | None
+    labels: Mapping[str, str]
+
+    @property
+    def status(self) -> str:
+        """The record's status, else the plan's refusal, else `not run`."""
+        if self.record is not None:
+            return self.record.status
+        return NOT_RUN if self.planned.status is None else self.planned.status
+
+    @property
+    def reason(self) -> str | None:
+        """Why the status is not `ok`, in one sentence."""
+        if self.record is not None and self.record.error is not None:
+            return self.record.error.message
+        return self.planned.reason
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks of the plan and of the record."""
+        recorded = () if self.record is None else self.record.notes
+        return tuple(dict.fromkeys([*self.planned.notes, *recorded]))
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether other cells are compared with this one."""
+        return self.planned.baseline_cell_id is None
+
+    @property
+    def name(self) -> str:
+        """What a sentence calls the cell: `gptq at 4 bits`, with every axis that varies."""
+        method, bits, *others = self.labels.values()
+        tail = f" ({', '.join(others)})" if others else ""
+        return f"{method} at {bits} bits{tail}"
+
+    def get(self, metric: str, part: str | None = None) -> Measurement | None:
+        """The measurement of a metric; `part` is a slice or `concurrency=N`."""
+        return find(self.record, metric, part)
+
+    def ratio(self, metric: str, part: str) -> compare.Ratio | None:
+        """This cell over its baseline; None where a gain must not be claimed or is unknown."""
+        if self.is_baseline or self.is_decompressed:
+            return None
+        return compare.ratio(self.get(metric, part), find(self.baseline, metric, part))
+
+    def is_unstable(self, part: str) -> bool:
+        """Whether repeats of a timing scatter by more than 5 %."""
+        spread = self.get("timing_cv", part)
+        return spread is not None and spread.value > UNSTABLE_CV
+
+    @property
+    def changes(self) -> dict[str, Measurement]:
+        """Slice -> paired change of accuracy against the baseline."""
+        names = self.planned.cell.slices.items
+        found = ((name, self.get("accuracy_delta", name)) for name in names)
+        return {name: change for name, change in found if change is not None}
+
+    @property
+    def is_decompressed(self) -> bool:
+        """Whether the runtime unpacked the stored weights into another format to compute."""
+        return self.observed("decompressed") is True
+
+    def observed(self, key: str) -> Any:
+        """What a stage saw of the engine; the speed stage's word counts first."""
+        if self.record is None:
+            return None
+        seen = self.record.observed
+        for stage in ("speed", "quality", "artifact"):
+            part = seen.get(stage)
+            if isinstance(part, Mapping) and key in part:
+                return part[key]
+        return seen.get(key)
+
+
+def find(record: Record | None, metric: str, part: str | None) -> Measurement | None:
+    """The measurement of a metric and part in a record."""
+    if record is None:
+        return None
+    wanted = (m for m in record.measurements if m.metric == metric and m.slice == part)
+    return next(wanted, None)
+
+
+def groups(planned: Sequence[PlannedCell], records: Sequence[Record]) -> list[list[Row]]:
+    """Rows of cells that share a baseline, so that their quality compares; the baseline leads.
+
+    Within a group the methods keep the order of the plan, wider weights first.
+    """
+    by_id = {record.cell_id: record for record in records}
+    labels = axes.labels([each.cell for each in planned])
+    found: dict[str, list[Row]] = {}
+    for each, names in zip(planned, labels, strict=True):
+        key = each.cell_id if each.baseline_cell_id is None else each.baseline_cell_id
+        base = None if each.baseline_cell_id is None else by_id.get(each.baseline_cell_id)
+        found.setdefault(key, []).append(Row(each, by_id.get(each.cell_id), base, names))
+    return [_ordered(rows) for rows in found.values()]
+
+
+def _ordered(rows: Sequence[Row]) -> list[Row]:
+    methods: dict[str, int] = {}
+    for row in sorted(rows, key=lambda row: row.planned.status is not None):
+        methods.setdefault(row.labels["method"], len(methods))
+    return sorted(
+        rows,
+        key=lambda row: (
+            not row.is_baseline,
+            methods[row.labels["method"]],
+            -row.planned.cell.bits,
+        ),
+    )
+
+
+def slices(rows: Sequence[Row]) -> list[str]:
+    """Names of the slices with a score in any row, in the order of the configuration."""
+    names = dict.fromkeys(name for row in rows for name in row.planned.cell.slices.items)
+    return [name for name in names if any(row.get("accuracy", name) for row in rows)]
+
+
+def loads(rows: Sequence[Row], metric: str) -> list[str]:
+    """The loads (`concurrency=1`, …) that a metric was measured at, smallest first."""
+    parts = {
+        m.slice
+        for row in rows
+        if row.record is not None
+        for m in row.record.measurements
+        if m.metric == metric and m.slice is not None and concurrency(m.slice) is not None
+    }
+    return sorted(parts, key=lambda part: concurrency(part) or 0)
+
+
+def concurrency(part: str) -> int | None:
+    """8 for `concurrency=8`; None for the name of a slice."""
+    head, _, number = part.partition("=")
+    return int(number) if head == "concurrency" and number.isdigit() else None

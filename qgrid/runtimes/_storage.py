@@ -1,0 +1,132 @@
+"""What a loaded torch model really holds: storage of its linears, bytes, classes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_OWN = ("bitsandbytes", "compressed_tensors", "torchao", "optimum", "hqq")  # may hide tensors
+_DEPTH = 4
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one linear layer arrived: `bits` is 16 or 32 where nothing quantized it."""
+
+    format: str
+    bits: int
+
+
+def linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The linear layers by name, the output head left out."""
+    import torch
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+
+
+def stored(module: torch.nn.Module) -> Stored:
+    """How the layer's weight is held now. Ask before the first forward pass unpacks it."""
+    kind = type(module).__name__
+    weight = getattr(module, "weight", None)
+    if kind == "Linear4bit":
+        return Stored(f"bitsandbytes-{weight.quant_type}", 4)  # type: ignore[union-attr]
+    if kind == "Linear8bitLt":
+        return Stored("bitsandbytes-int8", 8)
+    scheme = getattr(module, "quantization_scheme", None)
+    if scheme is not None and scheme.weights is not None and not _is_plain(module):
+        layout = getattr(scheme.format, "value", scheme.format)
+        return Stored(str(layout), int(scheme.weights.num_bits))
+    if weight is None:
+        return Stored(kind, 0)
+    return Stored(str(weight.dtype).removeprefix("torch."), 8 * weight.element_size())
+
+
+def _is_plain(module: torch.nn.Module) -> bool:
+    """Whether the weight is an ordinary floating-point matrix of 16 bits or more."""
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight.is_floating_point() and weight.element_size() > 1
+
+
+def histogram(model: torch.nn.Module) -> Counter[Stored]:
+    """How many linears are stored in which way."""
+    return Counter(stored(module) for module in linears(model).values())
+
+
+def classes(model: torch.nn.Module) -> dict[str, int]:
+    """Class names of the layers that multiply, the output head among them, with counts."""
+    import torch
+
+    found = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    return dict(Counter(type(module).__name__ for module in found))
+
+
+def dtypes(model: torch.nn.Module) -> dict[str, int]:
+    """Bytes by dtype of every tensor that the model holds."""
+    total: Counter[str] = Counter()
+    for tensor in tensors(model):
+        total[str(tensor.dtype).removeprefix("torch.")] += _nbytes(tensor)
+    return dict(total)
+
+
+def tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Every distinct tensor of the model, those inside quantized ones and their states included."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for value in _attributes(module):
+            for tensor in _inner(value, _DEPTH):
+                place = tensor.untyped_storage().data_ptr()
+                if place and place not in seen:
+                    seen.add(place)
+                    yield tensor
+
+
+def resident_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all those tensors, each storage once."""
+    return sum(_nbytes(tensor) for tensor in tensors(model))
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage().nbytes())
+
+
+def _attributes(module: torch.nn.Module) -> Iterator[Any]:
+    yield from module._parameters.values()
+    yield from module._buffers.values()
+    for name, value in vars(module).items():
+        if name not in {"_parameters", "_buffers", "_modules"}:
+            yield value
+
+
+def _inner(value: Any, depth: int) -> Iterator[torch.Tensor]:
+    """Tensors in `value`: itself, the parts of a tensor subclass, what libraries attach to it."""
+    import torch
+
+    if depth == 0:
+        return
+    if isinstance(value, torch.Tensor):
+        if hasattr(value, "__tensor_flatten__"):
+            for name in value.__tensor_flatten__()[0]:
+                yield from _inner(getattr(value, name), depth - 1)
+        elif value.device.type != "meta":
+            yield value
+        for attached in vars(value).values():
+            yield from _inner(attached, depth - 1)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _inner(item, depth - 1)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _inner(item, depth - 1)
+    elif type(value).__module__.startswith(_OWN) and hasattr(value, "__dict__"):
+        for item in vars(value).values():
+            yield from _inner(item, depth - 1)

@@ -1,0 +1,270 @@
+"""Hugging Face transformers on CPU and CUDA: the reference runtime."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qgrid.contracts import Generation, InvalidEngine, Memory, Scores
+from qgrid.runtimes import _storage
+from qgrid.runtimes._scoring import Scorer, padded
+from qgrid.types import RuntimeSupport
+
+if TYPE_CHECKING:
+    import torch
+
+    from qgrid.types import Cell
+
+_FORMATS = (
+    "safetensors-16bit",
+    "pack-quantized",
+    "int-quantized",
+    "bitsandbytes-nf4",
+    "bitsandbytes-int8",
+)
+LOADS = RuntimeSupport(
+    loads={"cpu": _FORMATS, "cuda": _FORMATS},
+    kv_cache={"cpu": ("auto16",), "cuda": ("auto16",)},
+    packages=("transformers", "torch", "compressed-tensors", "bitsandbytes", "accelerate"),
+)
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # of one padded forward pass
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of this runtime."""
+
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
+
+
+class Transformers:
+    """A loaded causal language model (an `Engine`)."""
+
+    def __init__(
+        self, model: Any, dtype: str, arrived: Mapping[_storage.Stored, int], options: Options
+    ) -> None:
+        self._model = model
+        self._dtype = dtype
+        self._arrived = arrived
+        self._device: torch.device = next(model.parameters()).device
+        self._pad = _pad_id(model)
+        self._kv_dtype, self._kv_bytes = _probe_cache(model, self._pad)
+        tokens = _BATCH_TOKENS[self._device.type]
+        self._scorer = Scorer(model, tokens, not _slides(model), self._pad)
+        self._options = options
+
+    def score(
+        self, sequences: Sequence[Sequence[int]], keep: Sequence[int], prefix: Sequence[int] = ()
+    ) -> Iterator[Scores]:
+        """See `Engine.score`."""
+        return self._scorer.score(sequences, keep, prefix)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[int] = ()
+    ) -> list[Generation]:
+        """See `Engine.generate`."""
+        import torch
+        from transformers import GenerationConfig, StoppingCriteriaList
+
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(stop) if stop else None,
+            pad_token_id=self._pad,
+        )
+        clock = _Clock(self._synchronize)
+        begin = time.perf_counter()
+        ids, mask = padded(prompts, self._pad, self._device)
+        with torch.inference_mode():
+            output = self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )
+        seconds = [moment - begin for moment in clock.moments]
+        rows = output[:, ids.shape[1] :].tolist()
+        return [_until(row, seconds, frozenset(stop)) for row in rows]
+
+    def memory(self) -> Memory:
+        """See `Engine.memory`; the first forward pass has already unpacked what it unpacks."""
+        return Memory(_storage.resident_bytes(self._model), self._kv_bytes)
+
+    def kernels(self) -> Mapping[str, int]:
+        """See `Engine.kernels`."""
+        return _storage.classes(self._model)
+
+    def observed(self) -> Mapping[str, Any]:
+        """See `Engine.observed`. `computes_in` differs from `stores_in` where weights unpack."""
+        import torch
+
+        now = _storage.histogram(self._model)
+        return {
+            "device": _device_name(self._device),
+            "device_kind": self._device.type,
+            "kernels": dict(self.kernels()),
+            "stores_in": {each.format: count for each, count in self._arrived.items()},
+            "computes_in": {each.format: count for each, count in now.items()},
+            "decompressed": dict(now) != dict(self._arrived),
+            "resident_dtypes": _storage.dtypes(self._model),
+            "compute_dtype": self._dtype,
+            "kv_dtype": self._kv_dtype,
+            "attn_implementation": self._model.config._attn_implementation,
+            "threads": torch.get_num_threads(),
+        }
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        import gc
+
+        import torch
+
+        del self._scorer, self._model
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self._device)
+
+
+def load(artifact: Path, cell: Cell, dtype: str) -> Transformers:
+    """Load the checkpoint in `artifact`, computing in `dtype`.
+
+    Raises:
+        InvalidEngine: the device or the storage of the weights is not what the cell says.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    options = Options(**cell.runtime.options)
+    _require_device(cell)
+    if cell.gpu.kind == "cpu":
+        torch.set_num_threads(_threads(cell.runtime.threads))
+    model = AutoModelForCausalLM.from_pretrained(
+        artifact,
+        dtype=getattr(torch, dtype),
+        attn_implementation=options.attn_implementation,
+        device_map={"": "cuda:0" if cell.gpu.kind == "cuda" else "cpu"},
+        trust_remote_code=cell.model.trust_remote_code,
+        use_safetensors=None if cell.model.allow_pickle else True,
+        local_files_only=True,
+    ).eval()
+    model.generation_config = GenerationConfig()  # greedy, and nothing that the checkpoint adds
+    arrived = _storage.histogram(model)
+    require_storage(arrived, cell)
+    _compute_in(model, dtype)
+    return Transformers(model, dtype, arrived, options)
+
+
+def require_storage(arrived: Mapping[_storage.Stored, int], cell: Cell) -> None:
+    """Compare how the linears arrived with what the cell asks for.
+
+    Raises:
+        InvalidEngine: a quantized cell without quantized linears, another width, or the reverse.
+    """
+    quantized = {each: count for each, count in arrived.items() if 0 < each.bits < 16}
+    seen = ", ".join(f"{count} x {each.format}" for each, count in arrived.items())
+    if cell.bits >= 16 and quantized:
+        raise InvalidEngine(f"16-bit weights were asked for, but the engine holds {seen}")
+    if cell.bits < 16 and not any(each.bits == cell.bits for each in quantized):
+        raise InvalidEngine(
+            f"method `{cell.method.name}` with `bits={cell.bits}` was asked for, "
+            f"but the engine holds {seen}"
+        )
+
+
+def _require_device(cell: Cell) -> None:
+    import torch
+
+    if cell.gpu.kind == "cuda" and not torch.cuda.is_available():
+        raise InvalidEngine(f"`gpu={cell.gpu.name}` is a CUDA device, but torch finds none here")
+
+
+def _compute_in(model: Any, dtype: str) -> None:
+    """Make bitsandbytes 4-bit layers compute in `dtype`.
+
+    The checkpoint's own setting would win otherwise, and with AVX-512 bitsandbytes rounds
+    activations and scales to bf16 on a CPU whatever the dtype: fp32 quality must not pass there.
+    """
+    import torch
+
+    for module in _storage.linears(model).values():
+        if type(module).__name__ == "Linear4bit":
+            module.compute_dtype = getattr(torch, dtype)
+            module.compute_type_is_set = True
+            if dtype == "float32":
+                module.support_avx512bf16_for_cpu = False
+
+
+def _probe_cache(model: Any, token: int) -> tuple[str, int]:
+    """Run the first forward pass (packed weights unpack now): KV dtype and bytes per token."""
+    import torch
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    length = 8
+    with torch.inference_mode():
+        ids = torch.full((1, length), token, device=next(model.parameters()).device)
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    total = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    return str(held[0].dtype).removeprefix("torch."), total // length
+
+
+def _pad_id(model: Any) -> int:
+    """Any valid id: padded slots are masked."""
+    pad = model.config.pad_token_id
+    return 0 if pad is None else int(pad)
+
+
+def _slides(model: Any) -> bool:
+    kinds = getattr(model.config, "layer_types", None) or ()
+    return any(kind != "full_attention" for kind in kinds) or bool(
+        not kinds and getattr(model.config, "sliding_window", None)
+    )
+
+
+def _threads(wanted: int | None) -> int:
+    import os
+
+    import psutil
+
+    if wanted is not None:
+        return wanted
+    physical = psutil.cpu_count(logical=False)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
+    return max(1, min(physical, usable) if physical else usable)
+
+
+def _device_name(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _until(row: Sequence[int], seconds: Sequence[float], stop: frozenset[int]) -> Generation:
+    """A request's tokens before the first stop token."""
+    length = next((i for i, token in enumerate(row) if token in stop), len(row))
+    return Generation(tuple(row[:length]), tuple(seconds[:length]))
+
+
+class _Clock:
+    """Notes the time of every generated token; never stops anything."""
+
+    def __init__(self, synchronize: Any) -> None:
+        self.moments: list[float] = []
+        self._synchronize = synchronize
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        import torch
+
+        self._synchronize()
+        self.moments.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

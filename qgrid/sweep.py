@@ -1,0 +1,84 @@
+"""A sweep from its composed grid to its end: plan it, write the plan, hand it to a launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qgrid import codec, config, plan
+from qgrid.facts import Facts
+from qgrid.files import HashCache, write_atomic
+from qgrid.types import PlannedCell, Settings
+
+if TYPE_CHECKING:
+    from hydra.plugins.launcher import Launcher
+
+PLAN_ONLY: ContextVar[bool] = ContextVar("PLAN_ONLY", default=False)  # set by `qgrid plan`
+
+
+def run(
+    compose: config.Compose,
+    params: Mapping[str, Any] | None,
+    arguments: Sequence[str],
+    launcher: Launcher,
+) -> None:
+    """Plan the grid; print it for `qgrid plan`, else launch it and exit with its code."""
+    grid = config.expand(compose, config.parse(arguments, params))
+    _refuse_swept_settings(grid)
+    settings = config.settings(grid.fixed)
+    planned = planned_cells(grid, Path(settings.out))
+    if PLAN_ONLY.get():
+        from qgrid.report import plan_table
+
+        print(plan_table.render(planned))  # noqa: T201
+        return
+    plan_file = write_plan(planned, settings)
+    returned = launcher.launch([[str(plan_file), *(p.cell_id for p in planned)]], 0)
+    raise SystemExit(max(int(each.return_value) for each in returned))
+
+
+def planned_cells(grid: Iterable[Mapping[str, Any]], out: Path) -> list[PlannedCell]:
+    """The plan of a composed grid; content hashes are remembered in `out`."""
+    reader = config.Reader()
+    facts = Facts(HashCache(out / "hashes.json"))
+    return plan.build((reader.choice(each) for each in grid), facts)
+
+
+def write_plan(planned: Sequence[PlannedCell], settings: Settings) -> Path:
+    """Write `sweeps/<name>/plan.jsonl` and `settings.json`; a nameless sweep is named by its plan."""
+    name = settings.name
+    if name is None:
+        name = f"grid-{codec.digest([p.cell_id for p in planned], 8)}"
+    folder = Path(settings.out).absolute() / "sweeps" / name
+    write_atomic(folder / "settings.json", codec.dumps(settings, indent=2))
+    write_atomic(folder / "plan.jsonl", "".join(f"{codec.dumps(p)}\n" for p in planned))
+    return folder / "plan.jsonl"
+
+
+def read_plan(plan_file: Path) -> list[PlannedCell]:
+    """The cells of a written plan, in order."""
+    return [codec.loads(PlannedCell, line) for line in plan_file.read_text().splitlines()]
+
+
+def run_cells(plan_file: str, cell_ids: Sequence[str]) -> int:
+    """Run cells of a written plan on this machine; the controller's exit code."""
+    from qgrid import controller
+
+    folder = Path(plan_file).parent
+    settings = codec.loads(Settings, (folder / "settings.json").read_text())
+    wanted = set(cell_ids)
+    cells = [planned for planned in read_plan(Path(plan_file)) if planned.cell_id in wanted]
+    return controller.run(cells, settings, folder)
+
+
+def _refuse_swept_settings(grid: config.Grid) -> None:
+    constant = {field.name for field in fields(Settings)}
+    for axis in grid.axes:
+        if axis.key in constant:
+            raise config.GridError(
+                f"`{axis.overrides[0]},…` cannot be swept: `{axis.key}` is the same for all cells; "
+                "give one value"
+            )

@@ -1,0 +1,234 @@
+"""Checks of a stored artifact: files, manifest, bits, coverage, tokenizer, finite values; no torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qgrid import environment, inspection, models, registry
+from qgrid.files import HashCache
+from qgrid.fingerprint import difference, fingerprint
+from qgrid.inspection import Contents
+from qgrid.types import Cell, Check, Manifest, MethodSupport, ModuleState
+
+_BITS_TOLERANCE = 0.01  # relative; layer by layer the format leaves no room, see `stored_bits`
+_UNKNOWN_OVERHEAD = 1.0  # bits of scales that a method without `stored_bits` may add
+_SHOWN = 3
+_CHUNK_BYTES = 1 << 26
+
+
+def check_files(folder: Path, manifest: Manifest, sha256: Callable[[Path], str]) -> Check:
+    """Every listed file is there with its size and hash, and no weights beside them."""
+    wrong = []
+    for name, size in manifest.sizes.items():
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif path.stat().st_size != size:
+            wrong.append(f"{name} has {path.stat().st_size} of {size} bytes")
+        elif sha256(path) != manifest.files.get(name):
+            wrong.append(f"{name} has another sha256")
+    extra = {path.name for path in inspection.weight_files(folder)} - manifest.files.keys()
+    wrong += [f"{name} is not in the manifest" for name in sorted(extra)]
+    return _check("files", wrong, f"{len(manifest.files)} files as when built")
+
+
+def check_whole(folder: Path) -> Check:
+    """Weights and config are there and every weights file is as long as its header says."""
+    wrong = [] if (folder / "config.json").is_file() else ["config.json is missing"]
+    paths = inspection.weight_files(folder)
+    wrong += [] if paths else ["there is no safetensors file"]
+    for path in paths:
+        try:
+            inspection.read_header(path)
+        except inspection.TornFile as error:
+            wrong.append(str(error))
+    return _check("files", wrong, "whole safetensors files and a config")
+
+
+def check_manifest(manifest: Manifest, contents: Contents, artifact_id: str, cell: Cell) -> Check:
+    """The manifest belongs to this cell and tells what the files hold."""
+    pairs: dict[str, tuple[Any, Any]] = {
+        "artifact_id": (artifact_id, manifest.artifact_id),
+        "method": (cell.method.name, manifest.method.name),
+        "options": (dict(cell.method.options), dict(manifest.method.options)),
+        "bits": (cell.bits, manifest.bits),
+        "format": (contents.format, manifest.format),
+        "dtypes": (dict(contents.dtypes), dict(manifest.dtypes)),
+        "num_parameters": (contents.num_parameters, manifest.num_parameters),
+        "bits_per_weight": (contents.bits_per_weight, manifest.bits_per_weight),
+        "linear_bits_per_weight": (
+            contents.linear_bits_per_weight,
+            manifest.linear_bits_per_weight,
+        ),
+        "modules": (_widths(contents.modules), _widths(manifest.modules)),
+    }
+    wrong = [
+        f"{key} says {_short(told)}, found {_short(found)}"
+        for key, (found, told) in pairs.items()
+        if found != told
+    ]
+    return _check("manifest", wrong, "tells what the files hold")
+
+
+def check_bits(contents: Contents, cell: Cell) -> Check:
+    """The format and the stored bits of every linear layer are those that were asked for."""
+    method = registry.method(cell.method.name)
+    wanted = method.SUPPORTS.produces[cell.bits]
+    expected = _expected_bits(method, cell, contents.shapes)
+    wrong = [] if contents.format == wanted else [f"format {contents.format}"]
+    for name, state in contents.modules.items():
+        low, high = expected[name]
+        if not low * (1 - _BITS_TOLERANCE) <= state.bits <= high * (1 + _BITS_TOLERANCE):
+            wrong.append(f"{name} has {state.bits:.4g} bits a weight")
+    if not contents.modules:
+        wrong.append("no linear layer was found")
+    goal = f"{cell.bits} bits as {wanted}{_mean(contents, expected)}"
+    found = f"{contents.linear_bits_per_weight:.4g} bits a weight as {contents.format}"
+    return _check("bits", wrong, goal, found)
+
+
+def _expected_bits(
+    method: Any, cell: Cell, shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[float, float]]:
+    """Lowest and highest bits per weight of every layer."""
+    if cell.bits == 16:
+        return dict.fromkeys(shapes, (16.0, 16.0))
+    exact = getattr(method, "stored_bits", None)
+    if exact is None:
+        return dict.fromkeys(shapes, (float(cell.bits), cell.bits + _UNKNOWN_OVERHEAD))
+    values = {n: exact(cell.bits, cell.method.options, *shape) for n, shape in shapes.items()}
+    return {name: (value, value) for name, value in values.items()}
+
+
+def _mean(contents: Contents, expected: Mapping[str, tuple[float, float]]) -> str:
+    weights = sum(state.num_weights for state in contents.modules.values())
+    if not weights:
+        return ""
+    total = sum(expected[n][1] * s.num_weights for n, s in contents.modules.items())
+    return f" ({total / weights:.4g} with scales)"
+
+
+def check_coverage(contents: Contents, cell: Cell) -> Check:
+    """Every linear layer of the decoder except the head is quantized (or none, at 16 bits)."""
+    wants_plain = cell.bits == 16
+    wrong = [
+        f"{name} ({state.format})"
+        for name, state in contents.modules.items()
+        if (state.method == "none") != wants_plain or state.format == "missing"
+    ]
+    total = len(contents.modules)
+    share = (total - len(wrong)) / total if total else 0.0
+    goal = "all linear layers " + ("at 16 bits" if wants_plain else "quantized")
+    if not total:
+        wrong.append("no linear layer was found")
+    return _check("coverage", wrong, goal, f"{total} of {total} layers", f"{share:.1%}: ")
+
+
+def check_tokenizer(folder: Path, base: Mapping[str, str]) -> Check:
+    """The tokenizer is the base model's, part by part, and encodes the probes alike."""
+    wrong = difference(dict(base), fingerprint(folder))
+    return _check("tokenizer", wrong, "the base model's", "the base model's", "differs in ")
+
+
+def check_finite(folder: Path) -> Check:
+    """No stored float is NaN or infinite; reads every byte."""
+    wrong = [
+        f"{name} ({count} values)"
+        for path in inspection.weight_files(folder)
+        for name, count in _nonfinite(path).items()
+    ]
+    return _check("finite", wrong, "no NaN or infinity", "none", "in ")
+
+
+def _nonfinite(path: Path) -> dict[str, int]:
+    import numpy as np
+
+    bytes_ = np.memmap(path, dtype=np.uint8, mode="r")
+    found = {}
+    for name, (tensor, start) in inspection.read_header(path).items():
+        if tensor.dtype not in _EXPONENTS:
+            continue
+        width, mask = _EXPONENTS[tensor.dtype]
+        count = 0
+        for begin in range(start, start + tensor.nbytes, _CHUNK_BYTES):
+            raw = bytes_[begin : min(begin + _CHUNK_BYTES, start + tensor.nbytes)].tobytes()
+            bits = np.frombuffer(raw, dtype=width)
+            count += int(np.count_nonzero((bits & mask) == mask))
+        if count:
+            found[name] = count
+    return found
+
+
+# A float is NaN or infinite when all these bits are set.
+_EXPONENTS = {
+    "F64": ("<u8", 0x7FF0_0000_0000_0000),
+    "F32": ("<u4", 0x7F80_0000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+    "F8_E5M2": ("u1", 0x7C),
+    "F8_E4M3": ("u1", 0x7F),  # has no infinity; all ones is NaN
+}
+
+
+def check_environment(support: MethodSupport) -> Check:
+    """The installed libraries are the locked ones; only a warning, for they made what they made."""
+    locked = environment.locked_versions(support.environment)
+    wrong = []
+    for name in support.packages:
+        pinned = locked.get(environment.normalized(name))
+        installed = _installed(name)
+        if pinned is not None and installed.split("+")[0] != pinned:
+            wrong.append(f"{name} {installed} (locked {pinned})")
+    return _check("environment", wrong, "locked versions", "locked versions", fatal=False)
+
+
+def _installed(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def versions(support: MethodSupport) -> dict[str, str]:
+    """Installed versions of what made and what loads the artifact."""
+    names = {"transformers", "torch", "compressed-tensors", "tokenizers", *support.packages}
+    return {name: _installed(name) for name in sorted(names)}
+
+
+def tokenizer_hashes(folder: Path, cache: HashCache) -> dict[str, str]:
+    """Hashes of the tokenizer's files: equal bytes need no further comparison."""
+    present = [folder / name for name in models.TOKENIZER_FILES if (folder / name).is_file()]
+    return {path.name: cache.sha256(path) for path in present}
+
+
+def histogram(modules: Mapping[str, ModuleState]) -> dict[str, int]:
+    """How many layers each method quantized."""
+    return dict(Counter(state.method for state in modules.values()))
+
+
+def _widths(modules: Mapping[str, ModuleState]) -> dict[str, tuple[str, float, int]]:
+    return {name: (s.format, s.bits, s.num_weights) for name, s in modules.items()}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check(
+    name: str,
+    wrong: Sequence[str],
+    expected: str,
+    found: str | None = None,
+    lead: str = "",
+    fatal: bool = True,
+) -> Check:
+    """A check that is good when nothing is wrong; else what it found is a few of the faults."""
+    if not wrong:
+        return Check(name, True, expected, expected if found is None else found, fatal)
+    more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+    return Check(name, False, expected, lead + "; ".join(wrong[:_SHOWN]) + more, fatal)
