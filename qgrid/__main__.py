@@ -95,9 +95,7 @@ VERBS: dict[str | None, Callable[[list[str]], int]] = {
 }
 
 
-def _on_sweep(
-    verb: str, arguments: list[str], act: Callable[[Path, str | None], int]
-) -> int:
+def _on_sweep(verb: str, arguments: list[str], act: Callable[[Path, str | None], int]) -> int:
     """Run a verb that takes an optional sweep name and `out=FOLDER`."""
     out = Path("outputs")
     names = []

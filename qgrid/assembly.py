@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,6 +33,14 @@ def refused(
     return replace(_empty(planned, environment), status=status, error=Failure(status, reason))
 
 
+def broken(planned: PlannedCell, error: Exception, environment: Mapping[str, Any]) -> Record:
+    """The record of a cell that the controller itself could not bring to an end."""
+    reason = f"{type(error).__name__}: {error}"
+    trace = "".join(traceback.format_exception(error))
+    failure = Failure("crashed", reason, trace)
+    return replace(_empty(planned, environment), status="crashed", error=failure)
+
+
 def measured(
     planned: PlannedCell,
     outcome: Outcome,
@@ -49,7 +58,7 @@ def measured(
         _empty(planned, environment),
         status=failures[0].status if failures else "ok",
         artifact={} if outcome.manifest is None else artifact_summary(outcome.manifest),
-        measurements=(*_stage_measurements(outcome), *changes),
+        measurements=(*_stage_measurements(planned, outcome), *changes),
         checks=_checks(outcome),
         observed=_observed(outcome, found),
         environment={**environment, "stages": _environments(outcome)},
@@ -72,8 +81,8 @@ def artifact_summary(manifest: Manifest) -> dict[str, Any]:
 
 
 def own_seconds(result: StageResult) -> float:
-    """Time that a stage spent on its own work: the sum of its phases."""
-    return sum(result.seconds.values())
+    """Time that a stage spent on its own work: the sum of its phases, of which `build` is all."""
+    return result.seconds.get("build", sum(result.seconds.values()))
 
 
 def _empty(planned: PlannedCell, environment: Mapping[str, Any]) -> Record:
@@ -108,13 +117,16 @@ def _failure(result: StageResult) -> Failure | None:
     return Failure("invalid", f"the {result.stage} stage fails {faults}")
 
 
-def _stage_measurements(outcome: Outcome) -> list[Measurement]:
+def _stage_measurements(planned: PlannedCell, outcome: Outcome) -> list[Measurement]:
     """All measurements of stages that count, and the sizes of the artifact."""
+    # without its baseline a cell is scored as if it were one; its floor is nobody's
+    orphan = planned.baseline_cell_id is not None and outcome.baseline is None
     found = [
         measurement
         for result in outcome.results.values()
         if _failure(result) is None
         for measurement in result.measurements
+        if not (orphan and measurement.metric == "kld_floor")
     ]
     known = {measurement.metric for measurement in found}
     sizes = [] if outcome.manifest is None else _sizes(outcome.manifest)
@@ -148,13 +160,18 @@ def _environments(outcome: Outcome) -> dict[str, Any]:
 
 
 def _timings(outcome: Outcome) -> dict[str, float]:
-    """Seconds: own work by stage and phase, and the controller's time by purpose."""
+    """Seconds: own work by stage and phase, and the controller's time by purpose.
+
+    `work_seconds` is what this run's stages and the paired comparison took; a stage that was found
+    done is not in it.
+    """
     timings = {
         f"{stage}.{phase}_seconds": seconds
         for stage, result in outcome.results.items()
         for phase, seconds in result.seconds.items()
     }
     work = sum(own_seconds(outcome.results[stage]) for stage in outcome.ran)
+    work += outcome.seconds.get("compare", 0.0)
     controller = {f"{name}_seconds": seconds for name, seconds in outcome.seconds.items()}
     return timings | controller | {"work_seconds": work}
 

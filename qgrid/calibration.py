@@ -52,12 +52,10 @@ def draw(calibration: Calibration, tokenizer: Any, seed: int) -> Drawn:
     Raises:
         BadCalibration: no source, no such field, or too little text.
     """
-    texts = list(_texts(calibration))
-    random.Random(seed).shuffle(texts)
     wanted = calibration.samples * calibration.length
     ids: list[int] = []
     used = hashlib.sha256()
-    for text in texts:
+    for text in _texts(calibration, seed):
         if len(ids) >= wanted:
             break
         ids += tokenizer(text)["input_ids"]
@@ -84,11 +82,14 @@ def _summary(calibration: Calibration, seed: int, digest: str) -> dict[str, Any]
     }
 
 
-def _texts(calibration: Calibration) -> Iterator[str]:
+def _texts(calibration: Calibration, seed: int) -> Iterator[str]:
+    """All documents in seeded order."""
     if calibration.path is not None:
-        yield from _file_texts(calibration, models.resource(calibration.path))
+        texts = list(_file_texts(calibration, models.resource(calibration.path)))
+        random.Random(seed).shuffle(texts)
+        yield from texts
     elif calibration.dataset is not None:
-        yield from _hub_texts(calibration)
+        yield from _hub_texts(calibration, seed)
     else:
         raise BadCalibration(
             f"`calibration={calibration.name}` has neither `path` nor `dataset`; "
@@ -107,15 +108,14 @@ def _file_texts(calibration: Calibration, path: Path) -> Iterator[str]:
                 yield _field(calibration, json.loads(line), f"{path.name} line {number}")
 
 
-def _hub_texts(calibration: Calibration) -> Iterator[str]:
+def _hub_texts(calibration: Calibration, seed: int) -> Iterator[str]:
     from datasets import load_dataset
 
     name, _, config = str(calibration.dataset).partition(":")  # ORG/NAME or ORG/NAME:CONFIG
-    rows = load_dataset(
-        name, config or None, split=calibration.split, revision=calibration.revision
-    )
-    for number, row in enumerate(rows):
-        yield _field(calibration, row, f"{name} row {number}")
+    part, revision = calibration.split, calibration.revision
+    rows = load_dataset(name, config or None, split=part, revision=revision)
+    for number, row in enumerate(rows.shuffle(seed=seed)):
+        yield _field(calibration, row, f"{name}, row {number} of {part}")
 
 
 def _field(calibration: Calibration, row: dict[str, Any], where: str) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -21,7 +21,7 @@ class InvalidValue(ValueError):
 
 
 @cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
+def _adapter(kind: type) -> TypeAdapter[Any]:
     _forbid_unknown_keys(kind)
     return TypeAdapter(kind)
 
@@ -33,7 +33,7 @@ def _forbid_unknown_keys(kind: type) -> None:
     known = [obj for obj in vars(types).values() if dataclasses.is_dataclass(obj)]
     for each in {kind, *known}:
         if dataclasses.is_dataclass(each) and "__pydantic_config__" not in vars(each):
-            each.__pydantic_config__ = _STRICT  # type: ignore[attr-defined]
+            setattr(each, "__pydantic_config__", _STRICT)  # noqa: B010
 
 
 def plain(value: Any) -> Any:
@@ -59,9 +59,10 @@ def loads(kind: type[T], text: str | bytes, prefix: str = "") -> T:
         InvalidValue: one sentence a problem; `prefix` leads the key in it.
     """
     try:
-        return _adapter(kind).validate_json(text)
+        parsed: T = _adapter(cast("Any", kind)).validate_json(text)
     except ValidationError as error:
         raise InvalidValue("; ".join(_sentences(error, prefix))) from None
+    return parsed
 
 
 def convert(kind: type[T], value: Mapping[str, Any], prefix: str = "") -> T:

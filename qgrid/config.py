@@ -41,15 +41,6 @@ class Composed:
 
 Compose = Callable[[Sequence[str]], Composed]
 
-GROUPS: dict[str, type] = {
-    "model": Model,
-    "gpu": Gpu,
-    "kv_cache": KvCache,
-    "calibration": Calibration,
-    "slices": Slices,
-    "workload": Workload,
-}
-SCALARS = ("bits", "context", "seed")
 _INTERPOLATION = re.compile(r"\$\{([^}]*)\}")
 _SAFE_RESOLVERS = ("oc.env:", "oc.decode:")
 
@@ -145,7 +136,9 @@ def _table(
         return {(i,): value for i, value in enumerate(own[0].values)}
     table: dict[tuple[int, ...], Any] = {}
     for index in itertools.product(*(range(len(axis.overrides)) for axis in own)):
-        composed = compose([*fixed, *(axis.overrides[i] for axis, i in zip(own, index, strict=True))])
+        composed = compose(
+            [*fixed, *(axis.overrides[i] for axis, i in zip(own, index, strict=True))]
+        )
         _check_separate(composed, base, key, swept)
         table[index] = composed.values.get(key)
     return table
@@ -179,7 +172,9 @@ def _parsed(line: str) -> Any:
 
 def _is_swept(item: Override) -> bool:
     if item.is_sweep_override() and not item.is_discrete_sweep():
-        raise GridError(f"`{item.input_line}`: a grid needs listed values, such as a,b or range(1,4)")
+        raise GridError(
+            f"`{item.input_line}`: a grid needs listed values, such as a,b or range(1,4)"
+        )
     return bool(item.is_sweep_override())
 
 
@@ -210,13 +205,18 @@ class Reader:
             codec.InvalidValue: a key, its value and what is allowed.
             registry.UnknownName: a method or runtime that is not there.
         """
-        groups = {key: self._once(config[key], kind, key) for key, kind in GROUPS.items()}
-        scalars = {key: _whole_number(key, config[key]) for key in SCALARS}
         return Choice(
+            model=self._once(config["model"], Model, "model"),
             method=self._once(config["method"], Method, "method"),
+            bits=_bits(config["bits"]),
             runtime=self._once(config["runtime"], Runtime, "runtime"),
-            **groups,
-            **scalars,
+            gpu=self._once(config["gpu"], Gpu, "gpu"),
+            kv_cache=self._once(config["kv_cache"], KvCache, "kv_cache"),
+            calibration=self._once(config["calibration"], Calibration, "calibration"),
+            slices=self._once(config["slices"], Slices, "slices"),
+            workload=self._once(config["workload"], Workload, "workload"),
+            context=_whole_number("context", config["context"], least=1),
+            seed=_whole_number("seed", config["seed"], least=0),
         )
 
     def _once(self, node: Mapping[str, Any], kind: type[T], key: str) -> T:
@@ -263,12 +263,13 @@ def _name(node: Mapping[str, Any], key: str) -> str:
     return name
 
 
-def _whole_number(key: str, value: Any) -> int | None:
-    if value is None and key == "bits":
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < (0 if key == "seed" else 1):
-        least = "0 or more" if key == "seed" else "1 or more"
-        raise codec.InvalidValue(f"`{key}={value}` should be a whole number, {least}")
+def _bits(value: Any) -> int | None:
+    return None if value is None else _whole_number("bits", value, least=1)
+
+
+def _whole_number(key: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise codec.InvalidValue(f"`{key}={value}` should be a whole number, {least} or more")
     return value
 
 

@@ -1,4 +1,4 @@
-"""What a method and a runtime must offer. Token ids go in; ids, log-probabilities and times come out."""
+"""What a method and a runtime must offer: token ids in; ids, log-probabilities and times out."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ class Engine(Protocol):
     ) -> list[Generation]:
         """Greedy continuations of all prompts as one batch; `stop` ids end a request."""
 
-    def memory(self) -> Memory: ...
+    def memory(self) -> Memory:
+        """Bytes held while computing."""
 
     def kernels(self) -> Mapping[str, int]:
         """Class names of the linear layers that compute, with counts."""
@@ -96,7 +97,8 @@ class Engine(Protocol):
     def observed(self) -> Mapping[str, Any]:
         """Device, stored and computed dtypes, KV dtype, attention implementation, threads."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free what the engine holds."""
 
 
 class RuntimeModule(Protocol):

@@ -27,7 +27,9 @@ def result(stage: Stage, ended: Ended, out: Path, limit: float) -> StageResult:
 
 def lost(stage: Stage, reason: str) -> StageResult:
     """The result of a stage that no process could run."""
-    return StageResult(stage, failure=Failure("crashed", f"the {stage} stage did not run: {reason}"))
+    return StageResult(
+        stage, failure=Failure("crashed", f"the {stage} stage did not run: {reason}")
+    )
 
 
 def log_tail(log: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
@@ -43,10 +43,13 @@ class Facts:
         )
 
     def slices(self, slices: Slices) -> str:
-        """What the content of the slices contributes to a quality id."""
-        return self._once(
-            "slices", slices, lambda s: codec.digest(slice_files.identity(s, self._hashes))
-        )
+        """What the slices contribute to a quality id: their content and how they are scored."""
+        return self._once("slices", slices, self._slices)
+
+    def _slices(self, slices: Slices) -> str:
+        scored = {name: replace(each, path="") for name, each in slices.items.items()}
+        tokens = None if slices.prose is None else slices.prose.tokens
+        return codec.digest([slice_files.identity(slices, self._hashes), scored, tokens])
 
     def architecture(self, model: Model) -> Architecture | None:
         """The model's sizes where its `config.json` is on this machine, else None."""
@@ -81,12 +84,14 @@ def _architecture(model: Model) -> Architecture | None:
 def locked(packages: tuple[str, ...], environment_name: str) -> str:
     """Identity of the locked versions of `packages`, the same on a login node and a GPU node."""
     versions = environment.locked_versions(environment_name)
-    return codec.digest({name: versions.get(environment.normalized(name), "unlocked") for name in packages})
+    return codec.digest(
+        {name: versions.get(environment.normalized(name), "unlocked") for name in packages}
+    )
 
 
 @cache
 def missing(packages: tuple[str, ...]) -> str | None:
-    """One sentence naming the packages that are not installed and the command that installs them."""
+    """One sentence naming what is not installed and the command that installs it, or None."""
     absent = [name for name in packages if not _installed(name)]
     if not absent:
         return None

@@ -1,4 +1,4 @@
-"""Files that are never torn: atomic writes, folders built aside and renamed, locks, cached hashes."""
+"""Files that are never torn: atomic writes, folders built aside, locks, cached hashes."""
 
 from __future__ import annotations
 
@@ -9,25 +9,30 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Replace `path` in one step, durable on return. A reader sees the old file or the new one."""
+def write_atomic(path: Path, data: str | bytes, durable: bool = True) -> None:
+    """Replace `path` in one step. A reader sees the old file or the new one.
+
+    `durable`: it also survives a loss of power; a file that can be made again need not.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode() if isinstance(data, str) else data
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    aside = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        aside.chmod(0o644)
+        aside.replace(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+            aside.unlink()
         raise
 
 
@@ -41,10 +46,10 @@ def built_aside(target: Path) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         yield aside
-        os.chmod(aside, 0o755)
+        aside.chmod(0o755)
         if target.exists():
             shutil.rmtree(target)
-        os.rename(aside, target)
+        aside.rename(target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -83,12 +88,22 @@ class HashCache:
 
     def sha256(self, path: Path, fresh: bool = False) -> str:
         """The hash of `path`; `fresh` reads the file even when its hash is remembered."""
-        stat = path.stat()
-        stamp = f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
-        key = str(path.resolve())
+        key, stamp = _identity(path)
         entry = self._known.get(key)
         if entry and entry[0] == stamp and not fresh:
             return entry[1]
-        self._known[key] = [stamp, sha256(path)]
-        write_atomic(self._path, json.dumps(self._known))
+        self.remember({path: sha256(path)})
         return self._known[key][1]
+
+    def remember(self, hashes: Mapping[Path, str]) -> None:
+        """Keep hashes that were just computed, e.g. before a folder was renamed."""
+        for path, value in hashes.items():
+            key, stamp = _identity(path)
+            self._known[key] = [stamp, value]
+        write_atomic(self._path, json.dumps(self._known))
+
+
+def _identity(path: Path) -> tuple[str, str]:
+    """A file's real place, and what changes when its content does."""
+    stat = path.stat()
+    return str(path.resolve()), f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"

@@ -1,4 +1,4 @@
-"""What a tokenizer does, part by part, so that a swapped one is found and named; no torch needed."""
+"""What a tokenizer does, part by part, so that a swapped one is found and named; no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SPECIAL = ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """Part -> hash: vocab, merges, added and special tokens, boundaries, template, pipeline, probes.
+    """Part -> hash of vocab, merges, added and special tokens, chat template, pipeline and more.
 
     `boundaries` covers BOS and EOS; `encoding` is what the probe strings become. A folder without
     `tokenizer.json` is known by the bytes of its tokenizer files.
@@ -54,7 +54,9 @@ def _pipeline(folder: Path) -> dict[str, Any]:
     stored = _read(folder / "tokenizer.json")
     model = stored.get("model", {})
     encode = Tokenizer.from_file(str(folder / "tokenizer.json")).encode
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])]
+    merges = [
+        pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])
+    ]
     return {
         "vocab": model.get("vocab"),
         "merges": merges,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qgrid import codec, config, plan, registry
-from qgrid.types import Settings
+from qgrid.types import Choice, Settings
 
 PLUGINS = Path(__file__).parent / "_plugins"  # holds the namespace package `hydra_plugins`
 
@@ -62,7 +62,9 @@ def sentence(error: BaseException) -> str:
     while error.__cause__ is not None and not str(error).strip():
         error = error.__cause__
     text = " ".join(str(error).split())
-    if choice := re.search(r"Could not find '([^']+)/([^']+)'(?: Available options in .*?: (.*?) Config search)?", text):
+    if choice := re.search(
+        r"Could not find '([^']+)/([^']+)'(?: Available options in .*?: (.*?) Config search)?", text
+    ):
         return _unknown_choice(*choice.groups())
     if key := re.match(r"Could not override '([^']+)'", text):
         return f"`{key[1]}` is not a known key{_near_key(key[1])}; `qgrid --help` lists the keys"
@@ -78,7 +80,7 @@ def _unknown_choice(group: str, name: str, options: str | None) -> str:
 
 
 def _near_key(key: str) -> str:
-    known = [*config.GROUPS, *config.SCALARS, *(field.name for field in fields(Settings))]
+    known = [field.name for kind in (Choice, Settings) for field in fields(kind)]
     near = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean `{near[0]}`?" if near else ""
 

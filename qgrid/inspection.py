@@ -109,7 +109,9 @@ def read_header(path: Path) -> dict[str, tuple[Tensor, int]]:
     end = first + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
         raise TornFile(f"{path.name} has {size} bytes, its header says {end}")
-    return {name: (_tensor(entry), first + entry["data_offsets"][0]) for name, entry in header.items()}
+    return {
+        name: (_tensor(entry), first + entry["data_offsets"][0]) for name, entry in header.items()
+    }
 
 
 def _tensor(entry: Mapping[str, Any]) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Metric:
+    """How one number is read."""
+
     unit: str
     better: Literal["higher", "lower", "neither"]
     title: str  # column head
@@ -33,7 +35,10 @@ METRICS: dict[str, Metric] = {
         "nats", "lower", "KLD floor", "KL of the baseline at the speed dtype against itself."
     ),
     "same_top_p": Metric(
-        "ratio", "higher", "same top", "Share of positions whose most likely token is the baseline's."
+        "ratio",
+        "higher",
+        "same top",
+        "Share of positions whose most likely token is the baseline's.",
     ),
     "delta_p_mean": Metric(
         "ratio", "higher", "dp", "Mean change of the probability of the true token."

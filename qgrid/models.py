@@ -1,4 +1,4 @@
-"""Where a checkpoint lies, what identifies it and what its config says; nothing heavy is imported."""
+"""Where a checkpoint lies, what identifies it, what its config says; nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def resolve(model: Model) -> Path:
 
 
 def located(model: Model) -> Path | None:
-    """The folder of a checkpoint that is already on this machine, without any network; else None."""
+    """The folder of a checkpoint that is on this machine already, without network; else None."""
     if model.id == EMBEDDED:
         return demo.MODEL_DIR if (demo.MODEL_DIR / "config.json").is_file() else None
     folder = Path(model.id).expanduser()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -66,6 +67,7 @@ class Pipeline:
         self._workers: dict[str, Worker] = {}
         self._made: dict[str, StageResult] = {}  # by artifact id
         self._scored: dict[str, StageResult] = {}  # by quality id
+        self._building: Path | None = None
 
     def run(self, planned: PlannedCell, stale: bool = False) -> Outcome:
         """All stages of a cell. `stale`: quality of another environment is measured again."""
@@ -86,6 +88,16 @@ class Pipeline:
         for worker in self._workers.values():
             worker.close()
         self._workers.clear()
+        self._clear_building()
+
+    def _clear_building(self) -> None:
+        """Remove what a killed build left aside, unless another process is building there now."""
+        folder, self._building = self._building, None
+        if folder is None or not folder.parent.is_dir():
+            return
+        with _lock_of(folder).open("a") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_remains(folder)
 
     def _folder(self, planned: PlannedCell) -> Path:
         return self._store / "artifacts" / planned.artifact_id
@@ -119,15 +131,17 @@ class Pipeline:
         if artifacts.exists(self._store, planned.artifact_id):
             return StageResult("artifact")
         out = self._store / "cells" / planned.cell_id / "artifact"
-        return self._stage("artifact", planned, out, None, outcome)
+        self._building = self._folder(planned)
+        made = self._stage("artifact", planned, out, None, outcome)
+        self._clear_building()
+        return made
 
     def _discard(self, planned: PlannedCell) -> None:
         folder = self._folder(planned)
-        with files.locked(folder.with_suffix(".lock")):
-            aside = folder.with_name(f".{folder.name}.old")
+        with files.locked(_lock_of(folder)):
             with contextlib.suppress(FileNotFoundError):
-                folder.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(folder.with_name(f".{folder.name}.old"))
+            _remove_remains(folder)
 
     def _baseline(self, planned: PlannedCell, outcome: Outcome) -> PlannedCell | None:
         """The 16-bit cell to compare with, its artifact built and verified; None: there is none."""
@@ -229,6 +243,17 @@ def machine(alone: bool) -> Iterator[None]:
         with files.locked(lock.with_name("turn.lock")):
             held.enter_context(files.locked(lock, shared=not alone))
         yield
+
+
+def _lock_of(artifact: Path) -> Path:
+    """The lock that a build of the artifact holds."""
+    return artifact.with_name(f"{artifact.name}.lock")
+
+
+def _remove_remains(artifact: Path) -> None:
+    """Remove the folders that builds keep beside the artifact."""
+    for aside in artifact.parent.glob(f".{artifact.name}.*"):
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _distributions(planned: Sequence[PlannedCell]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,7 @@ def build(choices: Iterable[Choice], facts: Facts) -> list[PlannedCell]:
     """
     cells: dict[str, PlannedCell] = {}
     rules: Counter[str] = Counter()
+    first: dict[str, str] = {}
     for choice in choices:
         planned, refusal = _planned(choice, facts)
         known = cells.get(planned.cell_id)
@@ -53,9 +54,10 @@ def build(choices: Iterable[Choice], facts: Facts) -> list[PlannedCell]:
             continue
         cells[planned.cell_id] = planned
         if refusal is not None:
-            rules[f"{refusal.rule}: {refusal.reason}"] += 1
+            rules[refusal.rule] += 1
+            first.setdefault(refusal.rule, refusal.reason)
     if all(planned.status is not None for planned in cells.values()):
-        raise EmptyGrid(_emptied(rules))
+        raise EmptyGrid(_emptied(rules, first))
     for planned in [p for p in cells.values() if p.status is None]:
         baseline = _baseline(planned, facts)
         cells.setdefault(baseline.cell_id, baseline)
@@ -112,31 +114,57 @@ def _width(choice: Choice, support: MethodSupport) -> tuple[int, tuple[str, ...]
 
 
 def _refusal(cell: Cell, support: MethodSupport, predicted: dict[str, float]) -> Refusal | None:
-    """The first rule that a cell breaks. Derived from what methods and runtimes declare."""
+    """The first rule that a cell breaks, from what method and runtime declare; None if legal."""
+    return (
+        _refused_width(cell, support)
+        or _refused_packages(cell, support)
+        or _refused_by_runtime(cell, support)
+        or _refused_by_memory(cell, predicted)
+    )
+
+
+def _refused_width(cell: Cell, support: MethodSupport) -> Refusal | None:
+    if cell.bits in support.bits:
+        return None
+    reason = _no_such_width(cell.method.name, cell.bits, support)
+    return Refusal("unsupported", "bits", reason)
+
+
+def _refused_packages(cell: Cell, support: MethodSupport) -> Refusal | None:
     loads = registry.runtime(cell.runtime.name).LOADS
-    method, runtime, kind = cell.method.name, cell.runtime.name, cell.gpu.kind
-    if cell.bits not in support.bits:
-        return Refusal("unsupported", "bits", _no_such_width(method, cell.bits, support))
-    for name, packages in ((method, support.packages), (runtime, loads.packages)):
+    for name, packages in (
+        (cell.method.name, support.packages),
+        (cell.runtime.name, loads.packages),
+    ):
         if absent := lookups.missing(packages):
             return Refusal("unsupported", "packages", f"`{name}` {absent}")
-    if support.needs_gpu and kind == "cpu":
-        return Refusal("unsupported", "device", f"method `{method}` needs a GPU to quantize")
-    made = support.produces[cell.bits]
-    readable = loads.loads.get(kind, ())
-    if made not in readable:
-        reason = f"runtime `{runtime}` on {kind} does not load `{made}` (loads: {_list(readable)})"
-        return Refusal("unsupported", "format", reason)
-    intents = loads.kv_cache.get(kind, ())
-    if cell.kv_cache.name not in intents:
-        reason = f"runtime `{runtime}` on {kind} has no `kv_cache={cell.kv_cache.name}`"
-        return Refusal("unsupported", "kv_cache", f"{reason} (has: {_list(intents)})")
-    room = cell.gpu.memory_gib * cell.gpu.count * estimate.GIB
-    if room and predicted.get("total_bytes", 0) > room:
-        need = predicted["total_bytes"] / estimate.GIB
-        reason = f"weights and KV cache take {need:.1f} GiB; {cell.gpu.name} has"
-        return Refusal("does_not_fit", "memory", f"{reason} {room / estimate.GIB:.1f} GiB")
+    if support.needs_gpu and cell.gpu.kind == "cpu":
+        reason = f"method `{cell.method.name}` needs a GPU to quantize"
+        return Refusal("unsupported", "device", reason)
     return None
+
+
+def _refused_by_runtime(cell: Cell, support: MethodSupport) -> Refusal | None:
+    loads = registry.runtime(cell.runtime.name).LOADS
+    where = f"runtime `{cell.runtime.name}` on {cell.gpu.kind}"
+    made, readable = support.produces[cell.bits], loads.loads.get(cell.gpu.kind, ())
+    if made not in readable:
+        reason = f"{where} does not load `{made}` (loads: {_list(readable)})"
+        return Refusal("unsupported", "format", reason)
+    intents = loads.kv_cache.get(cell.gpu.kind, ())
+    if cell.kv_cache.name not in intents:
+        reason = f"{where} has no `kv_cache={cell.kv_cache.name}` (has: {_list(intents)})"
+        return Refusal("unsupported", "kv_cache", reason)
+    return None
+
+
+def _refused_by_memory(cell: Cell, predicted: dict[str, float]) -> Refusal | None:
+    need = predicted.get("total_bytes", 0) / estimate.GIB
+    room = cell.gpu.memory_gib * cell.gpu.count
+    if need <= room:
+        return None
+    reason = f"weights and KV cache take {need:.2f} GiB; {cell.gpu.name} has {room:.2f} GiB"
+    return Refusal("does_not_fit", "memory", reason)
 
 
 def _no_such_width(method: str, bits: int, support: MethodSupport) -> str:
@@ -225,9 +253,7 @@ def _as_baseline(cell: Cell) -> Cell:
     ):
         return cell
     kv_cache = replace(cell.kv_cache, name=BASELINE_KV[0], bits=BASELINE_KV[1])
-    return replace(
-        cell, method=BASELINE, bits=UNQUANTIZED, kv_cache=kv_cache, calibration=None
-    )
+    return replace(cell, method=BASELINE, bits=UNQUANTIZED, kv_cache=kv_cache, calibration=None)
 
 
 def _baseline(planned: PlannedCell, facts: Facts) -> PlannedCell:
@@ -258,9 +284,9 @@ def _ordered(cells: Sequence[PlannedCell]) -> list[PlannedCell]:
     return sorted(cells, key=place)
 
 
-def _emptied(rules: Counter[str]) -> str:
-    listed = "; ".join(f"{count} by {rule}" for rule, count in rules.most_common())
-    return f"the grid is empty: every cell was refused ({listed})"
+def _emptied(rules: Counter[str], first: Mapping[str, str]) -> str:
+    counted = (f"{count} by `{rule}`: {first[rule]}" for rule, count in rules.most_common())
+    return f"the grid is empty: every cell was refused ({'; '.join(counted)})"
 
 
 def _joined(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:

@@ -14,29 +14,43 @@ from qgrid.types import Job
 
 # Distribution -> modules that a stage using it would otherwise import in each child.
 MODULES: dict[str, tuple[str, ...]] = {
-    "torch": ("torch", "numpy", "safetensors.torch"),
+    "torch": ("torch", "numpy.ma", "numpy.ctypeslib", "safetensors.torch"),
     "transformers": (
-        "transformers",
         "transformers.modeling_utils",
         "transformers.generation.utils",
         "transformers.models.auto.modeling_auto",
         "transformers.models.auto.tokenization_auto",
         "transformers.models.llama.modeling_llama",
     ),
-    "qgrid": ("qgrid.stages", "qgrid.artifacts", "qgrid.measure.quality", "qgrid.measure.speed"),
-    "compressed-tensors": (
-        "compressed_tensors",
-        "transformers.quantizers.quantizer_compressed_tensors",
+    "qgrid": (
+        "qgrid.stages",
+        "qgrid.artifacts",
+        "qgrid.building",
+        "qgrid.envs",
+        "qgrid.measure.quality",
+        "qgrid.measure.speed",
+        "jsonschema",
     ),
-    "bitsandbytes": ("bitsandbytes", "transformers.quantizers.quantizer_bnb_4bit"),
-    "llmcompressor": (
-        "llmcompressor",
-        "llmcompressor.modifiers.quantization",
-        "llmcompressor.modifiers.awq",
+    "compressed-tensors": (
+        "compressed_tensors.linear.compressed_linear",
         "transformers.quantizers.quantizer_compressed_tensors",
+        "multiprocessing.synchronize",
+    ),
+    "accelerate": ("accelerate",),
+    "bitsandbytes": (
+        "bitsandbytes",
+        "transformers.quantizers.quantizer_bnb_4bit",
+        "transformers.quantizers.quantizer_bnb_8bit",
+        "transformers.integrations.bitsandbytes",
+    ),
+    "llmcompressor": (
+        "llmcompressor.modifiers.quantization",
+        "llmcompressor.modifiers.gptq",
+        "llmcompressor.modifiers.transform.awq",
+        "llmcompressor.modeling.moe.gpt_oss",
     ),
 }
-BASE = ("torch", "transformers", "qgrid")  # imported before the first job
+BASE = ("qgrid",)  # imported before the first job; the rest when a job needs it
 
 
 def needs(path: Path) -> tuple[str, tuple[str, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from qgrid.types import PlannedCell, Record, Stage
@@ -54,7 +54,7 @@ class Progress:
         assert self._current is not None
         text = f"{self._labels[self._current.cell_id]}: {stage}"
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=text, left=self._left())
+            self._bar.update(self._task, description=text, left=self._left(), refresh=True)
         else:
             self.line(f"[{self._done + 1}/{self._total}] {text} ...")
 
@@ -73,7 +73,7 @@ class Progress:
         left = self._left() if ran else ""
         self.line(f"[{self._done}/{self._total}] {text}{f' ({left})' if left else ''}")
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._done, description="", left=left)
+            self._bar.update(self._task, completed=self._done, left=left, refresh=True)
 
     def line(self, text: str) -> None:
         """Print one line, above the bar if there is one."""
@@ -97,14 +97,14 @@ class Progress:
 def labels(planned: Sequence[PlannedCell]) -> dict[str, str]:
     """Short names by cell id: method and bits, and whatever else differs between the cells."""
     parts = {each.cell_id: _parts(each) for each in planned}
-    varying = {
-        key for key in next(iter(parts.values()), {}) if len({p[key] for p in parts.values()}) > 1
-    }
-    shown = varying | {"model", "method", "bits"}
-    return {
-        cell_id: " ".join(text for key, text in each.items() if key in shown)
-        for cell_id, each in parts.items()
-    }
+    shown = {"model", "method", "bits"}
+    for key in next(iter(parts.values()), {}):
+        if key != "options" and len({each[key] for each in parts.values()} - {""}) > 1:
+            shown.add(key)
+    short = {cell_id: _joined(each, shown) for cell_id, each in parts.items()}
+    if len(set(short.values())) == len(short):
+        return short
+    return {cell_id: _joined(each, shown | {"options"}) for cell_id, each in parts.items()}
 
 
 def duration(seconds: float) -> str:
@@ -135,16 +135,20 @@ def _parts(planned: PlannedCell) -> dict[str, str]:
     }
 
 
+def _joined(parts: Mapping[str, str], shown: set[str]) -> str:
+    return " ".join(text for key, text in parts.items() if key in shown and text)
+
+
 def _bar(stream: TextIO) -> Bar:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeElapsedColumn as Elapsed
 
     columns = (
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        Elapsed(),
         TextColumn("{task.description}", markup=False),
         TextColumn("{task.fields[left]}", markup=False),
     )
-    return Progress(*columns, console=Console(file=stream), transient=True)
+    # drawn only when something changes: a clock that ticks would disturb what is being timed
+    console = Console(file=stream)
+    return Progress(*columns, console=console, transient=True, auto_refresh=False)

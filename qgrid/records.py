@@ -28,7 +28,7 @@ def write(store: Path, record: Record) -> Path:
     target = path(store, record.cell_id)
     measurements, notes = finite(record.measurements)
     notes = tuple(dict.fromkeys([*record.notes, *notes]))
-    save(target, replace(record, measurements=measurements, notes=notes))
+    save(target, replace(record, measurements=measurements, notes=notes), durable=True)
     return target
 
 
@@ -68,10 +68,12 @@ def read_all(store: Path, planned: Iterable[PlannedCell]) -> dict[str, Record]:
     return {cell_id: record for cell_id, record in found if record is not None}
 
 
-def save(target: Path, value: Any) -> None:
+def save(target: Path, value: Any, durable: bool = False) -> None:
     """Write a frozen type as JSON in one step, without secrets and without NaN."""
     data = redact.plain(without_nan(codec.plain(value)))
-    write_atomic(target, json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    write_atomic(
+        target, json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n", durable
+    )
 
 
 def save_result(target: Path, result: StageResult) -> None:
@@ -86,8 +88,8 @@ def save_result(target: Path, result: StageResult) -> None:
 def load_result(file: Path) -> StageResult | None:
     """A stage's result; None when there is none or it was cut short."""
     try:
-        return codec.loads(StageResult, file.read_bytes())
-    except (FileNotFoundError, codec.InvalidValue):
+        return codec.loads(StageResult, file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, codec.InvalidValue):
         return None
 
 

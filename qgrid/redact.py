@@ -44,6 +44,10 @@ _PATTERNS = tuple(
         r"(?P<keep>)\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",  # a signed token
     )
 )
+# What every pattern needs somewhere; most strings have none of it and are spared the patterns.
+_SUSPECT = re.compile(
+    r"[=:@]|(?i:bearer|basic)\s|hf_|wandb_|gh[pousr]_|github_pat_|glpat-|sk-|xox|AKIA|ASIA|eyJ"
+)
 # 40 hex digits are a W&B key, unless they stand where a git commit stands.
 _HEX40 = re.compile(
     r"(?<![0-9a-fA-F])"
@@ -57,8 +61,8 @@ def text(value: str, secrets: tuple[str, ...] | None = None) -> str:
     """`value` without secrets. `secrets` are the known ones (default: those of the environment)."""
     for secret in environment_secrets() if secrets is None else secrets:
         value = value.replace(secret, MARK)
-    for pattern in _PATTERNS:
-        value = pattern.sub(lambda found: found["keep"] + MARK, value)
+    for pattern in _PATTERNS if _SUSPECT.search(value) else ():
+        value = pattern.sub(_cut, value)
     return _HEX40.sub(MARK, value)
 
 
@@ -92,6 +96,12 @@ def file(path: Path) -> None:
     after = text(before)
     if after != before:
         write_atomic(path, after)
+
+
+def _cut(found: re.Match[str]) -> str:
+    """What replaces a match; what was cut before stays as it is."""
+    keep = found["keep"]
+    return found[0] if found[0][len(keep) :].startswith(MARK[:-1]) else keep + MARK
 
 
 def _is_setting(value: str) -> bool:

@@ -55,5 +55,7 @@ def _load(kind: Kind, name: str) -> Any:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else ""
-        raise UnknownName(f"`{kind[:-1]}={name}` is unknown (has: {', '.join(sorted(known))}){hint}")
+        raise UnknownName(
+            f"`{kind[:-1]}={name}` is unknown (has: {', '.join(sorted(known))}){hint}"
+        )
     return importlib.import_module(known[name])

@@ -19,14 +19,15 @@ def run(job: Job) -> StageResult:
     try:
         return _dispatch(job)
     except Exception as error:  # noqa: BLE001 - the status of a cell, never lost
-        return StageResult(job.stage, failure=classify(error))
+        checks = tuple(getattr(error, "checks", ()))  # of a bad artifact: every verdict
+        return StageResult(job.stage, checks=checks, failure=classify(error))
 
 
 def _dispatch(job: Job) -> StageResult:
     if job.stage == "artifact":
-        from qgrid import artifacts
+        from qgrid.artifacts import build
 
-        return artifacts.build(job)
+        return build(job)
     if job.stage == "quality":
         from qgrid.measure import quality
 
@@ -61,4 +62,6 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _sentence(error: Exception) -> str:
     first = str(error).strip().split("\n")[0]
-    return first if isinstance(error, InvalidEngine) else f"{type(error).__name__}: {first}"
+    if isinstance(error, InvalidEngine):
+        return first
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -178,7 +178,7 @@ def mcnemar(worse: int, better: int) -> float:
     """Exact one-sided p: at least `worse` of the flips are for the worse, by a fair coin."""
     flips = worse + better
     ways = sum(math.comb(flips, k) for k in range(worse, flips + 1))
-    return ways / 2**flips
+    return float(ways / 2**flips)
 
 
 def mcnemar_two_sided(worse: int, better: int) -> float:

@@ -48,7 +48,7 @@ def planned_cells(grid: Iterable[Mapping[str, Any]], out: Path) -> list[PlannedC
 
 
 def write_plan(planned: Sequence[PlannedCell], settings: Settings) -> Path:
-    """Write `sweeps/<name>/plan.jsonl` and `settings.json`; a nameless sweep is named by its plan."""
+    """Write `plan.jsonl` and `settings.json`; without a name, the sweep is its plan's hash."""
     name = settings.name
     if name is None:
         name = f"grid-{codec.digest([p.cell_id for p in planned], 8)}"
@@ -64,14 +64,17 @@ def read_plan(plan_file: Path) -> list[PlannedCell]:
 
 
 def run_cells(plan_file: str, cell_ids: Sequence[str]) -> int:
-    """Run cells of a written plan on this machine; the controller's exit code."""
-    from qgrid import controller
+    """Run cells of a written plan on this machine and print their table; the exit code."""
+    from qgrid import controller, report
 
     folder = Path(plan_file).parent
     settings = codec.loads(Settings, (folder / "settings.json").read_text())
     wanted = set(cell_ids)
     cells = [planned for planned in read_plan(Path(plan_file)) if planned.cell_id in wanted]
-    return controller.run(cells, settings, folder)
+    code = controller.run(cells, settings, folder)
+    if code != controller.INTERRUPTED:
+        report.rewrite(folder.parents[1], folder.name)
+    return code
 
 
 def _refuse_swept_settings(grid: config.Grid) -> None:

@@ -121,6 +121,8 @@ class Prose:
 
 @dataclass(frozen=True)
 class Slices:
+    """What quality is measured on."""
+
     name: str
     prose: Prose | None
     items: Mapping[str, Slice]
@@ -140,6 +142,8 @@ class Workload:
 
 @dataclass(frozen=True)
 class Tracking:
+    """Where records are mirrored to."""
+
     name: str
     project: str
     entity: str | None
@@ -189,7 +193,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the grid, fully resolved. `bits` is the width that the method will really use."""
+    """One point of the grid, fully resolved. `bits` is the width that the method will use."""
 
     model: Model
     method: Method
@@ -314,7 +318,7 @@ class Manifest:
     calibration: Mapping[str, Any] | None  # source, hash, samples, length, seed
     checks: tuple[Check, ...]
     seconds: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None  # of the build; None where the system keeps no such figure
 
 
 @dataclass(frozen=True)

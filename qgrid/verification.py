@@ -1,16 +1,18 @@
-"""Checks of a stored artifact: files, manifest, bits, coverage, tokenizer, finite values; no torch."""
+"""Checks of a stored artifact: files, manifest, bits, coverage, tokenizer, finite; no torch."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from qgrid import environment, inspection, models, registry
 from qgrid.files import HashCache
-from qgrid.fingerprint import difference, fingerprint
+from qgrid.fingerprint import difference
 from qgrid.inspection import Contents
 from qgrid.types import Cell, Check, Manifest, MethodSupport, ModuleState
 
@@ -18,6 +20,30 @@ _BITS_TOLERANCE = 0.01  # relative; layer by layer the format leaves no room, se
 _UNKNOWN_OVERHEAD = 1.0  # bits of scales that a method without `stored_bits` may add
 _SHOWN = 3
 _CHUNK_BYTES = 1 << 26
+
+
+class BadArtifact(RuntimeError):
+    """Stored files fail a check; `checks` holds all verdicts."""
+
+    def __init__(self, checks: Sequence[Check], message: str) -> None:
+        super().__init__(message)
+        self.checks = tuple(checks)
+
+
+def require(checks: Sequence[Check], what: str) -> None:
+    """Raise for the first failed fatal check.
+
+    Raises:
+        BadArtifact: names the check, what was expected and what was found.
+    """
+    failed = [check for check in checks if check.fatal and not check.ok]
+    if failed:
+        first = failed[0]
+        raise BadArtifact(
+            checks,
+            f"{what} fails the check `{first.name}`: expected {first.expected}, "
+            f"found {first.actual}",
+        )
 
 
 def check_files(folder: Path, manifest: Manifest, sha256: Callable[[Path], str]) -> Check:
@@ -125,23 +151,37 @@ def check_coverage(contents: Contents, cell: Cell) -> Check:
     goal = "all linear layers " + ("at 16 bits" if wants_plain else "quantized")
     if not total:
         wrong.append("no linear layer was found")
-    return _check("coverage", wrong, goal, f"{total} of {total} layers", f"{share:.1%}: ")
+    check = _check("coverage", wrong, goal, f"{total} of {total} layers")
+    return check if check.ok else replace(check, actual=f"{share:.1%}, not {check.actual}")
 
 
-def check_tokenizer(folder: Path, base: Mapping[str, str]) -> Check:
+def check_method(contents: Contents, cell: Cell) -> Check:
+    """Layers that the method left to another one; fatal when it treated none itself."""
+    kinds = histogram(contents.modules)
+    others = [
+        f"{name} by {state.method}"
+        for name, state in contents.modules.items()
+        if state.method not in {cell.method.name, "none"}
+    ]
+    wanted = cell.method.name if cell.bits < 16 else "none"
+    check = _check("method", others, f"all layers by {wanted}")
+    return replace(check, fatal=not kinds.get(wanted))
+
+
+def check_tokenizer(actual: Mapping[str, str], base: Mapping[str, str]) -> Check:
     """The tokenizer is the base model's, part by part, and encodes the probes alike."""
-    wrong = difference(dict(base), fingerprint(folder))
-    return _check("tokenizer", wrong, "the base model's", "the base model's", "differs in ")
+    wrong = difference(dict(base), dict(actual))
+    return _check("tokenizer", [f"another {part}" for part in wrong], "the base model's")
 
 
 def check_finite(folder: Path) -> Check:
     """No stored float is NaN or infinite; reads every byte."""
     wrong = [
-        f"{name} ({count} values)"
+        f"{count} in {name}"
         for path in inspection.weight_files(folder)
         for name, count in _nonfinite(path).items()
     ]
-    return _check("finite", wrong, "no NaN or infinity", "none", "in ")
+    return _check("finite", wrong, "no NaN or infinity")
 
 
 def _nonfinite(path: Path) -> dict[str, int]:
@@ -183,9 +223,10 @@ def check_environment(support: MethodSupport) -> Check:
         installed = _installed(name)
         if pinned is not None and installed.split("+")[0] != pinned:
             wrong.append(f"{name} {installed} (locked {pinned})")
-    return _check("environment", wrong, "locked versions", "locked versions", fatal=False)
+    return replace(_check("environment", wrong, "locked versions"), fatal=False)
 
 
+@cache
 def _installed(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
@@ -219,16 +260,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _check(
-    name: str,
-    wrong: Sequence[str],
-    expected: str,
-    found: str | None = None,
-    lead: str = "",
-    fatal: bool = True,
-) -> Check:
-    """A check that is good when nothing is wrong; else what it found is a few of the faults."""
+def _check(name: str, wrong: Sequence[str], expected: str, found: str | None = None) -> Check:
+    """A fatal check that is good when nothing is wrong; else it shows a few of the faults."""
     if not wrong:
-        return Check(name, True, expected, expected if found is None else found, fatal)
+        return Check(name, True, expected, expected if found is None else found)
     more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-    return Check(name, False, expected, lead + "; ".join(wrong[:_SHOWN]) + more, fatal)
+    return Check(name, False, expected, "; ".join(wrong[:_SHOWN]) + more)

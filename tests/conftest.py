@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+from qgrid import config
+from qgrid.hydra_entry import PLUGINS
 from qgrid.types import Cell, Gpu, KvCache, Method, Model, Runtime, Slices, Workload
 
 CHAT = (
@@ -99,3 +102,27 @@ def make_cell() -> Callable[..., Cell]:
         return Cell(**(fields | changes))
 
     return make
+
+
+@pytest.fixture
+def searchpath() -> list[Path]:
+    """Further configuration folders; a test appends its own."""
+    return []
+
+
+@pytest.fixture
+def compose(searchpath: list[Path]) -> Iterator[config.Compose]:
+    """Hydra's own composition of a configuration."""
+    import hydra
+
+    if str(PLUGINS) not in sys.path:
+        sys.path.insert(0, str(PLUGINS))
+    with hydra.initialize_config_dir(str(config.root("conf")), version_base="1.3"):
+
+        def one(lines: Sequence[str]) -> config.Composed:
+            own = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in searchpath)}]"]
+            return config.composed(
+                hydra.compose("config", [*own, *lines], return_hydra_config=True)
+            )
+
+        yield one

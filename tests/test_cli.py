@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -77,9 +78,11 @@ def test_plan_of_a_committed_grid_with_an_override(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith("6 cells: 5 run, 1 unsupported")
 
 
-def test_the_first_line_of_a_committed_grid_is_its_command() -> None:
+def test_a_committed_grid_begins_with_its_command() -> None:
     for file in (ROOT / "sweeps").glob("*.yaml"):
-        assert file.read_text().splitlines()[0] == f"# python -m qgrid +sweeps={file.stem}"
+        header, command = file.read_text().splitlines()[:2]
+        assert header == "# @package _global_"  # Hydra reads it on the first line only
+        assert command == f"# python -m qgrid +sweeps={file.stem}"
 
 
 def test_doctor_names_every_method(tmp_path: Path) -> None:
@@ -91,39 +94,65 @@ def test_doctor_names_every_method(tmp_path: Path) -> None:
 
 def test_own_yaml_and_own_method_are_planned(tmp_path: Path) -> None:
     own = own_folder(tmp_path)
-    done = qgrid("plan", "--config-dir", str(own), "gpu=b200", "method=mine", cwd=tmp_path,
-                 PYTHONPATH=str(tmp_path / "site"))
+    done = qgrid(
+        "plan",
+        "--config-dir",
+        str(own),
+        "gpu=b200",
+        "method=mine",
+        cwd=tmp_path,
+        PYTHONPATH=str(tmp_path / "site"),
+    )
     assert done.returncode == 0, done.stderr
     assert "mine" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("2 cells: 2 run (1 baselines added)")
+    assert done.stdout.splitlines()[-1].startswith("2 cells: 2 run (1 baseline added)")
 
 
 def own_folder(tmp_path: Path) -> Path:
     """A user's repository: a GPU and slices as YAML, a method and a runtime by entry points."""
     own = tmp_path / "own"
     for group, name, text in [
-        ("gpu", "b200", "name: b200\nkind: cuda\nmatch: B200\ncapability: sm_100\n"
-         "memory_gib: 180\nbandwidth_gb_s: 8000\ncount: 1\n"),
-        ("slices", "mine", "name: mine\nprose: null\nitems:\n  tickets: {path: tickets.jsonl, "
-         "scoring: choice, chat: true, limit: null, max_new_tokens: 8}\n"),
+        (
+            "gpu",
+            "b200",
+            "name: b200\nkind: cuda\nmatch: B200\ncapability: sm_100\n"
+            "memory_gib: 180\nbandwidth_gb_s: 8000\ncount: 1\n",
+        ),
+        (
+            "slices",
+            "mine",
+            "name: mine\nprose: null\nitems:\n  tickets: {path: tickets.jsonl, "
+            "scoring: choice, chat: true, limit: null, max_new_tokens: 8}\n",
+        ),
         ("method", "mine", (ROOT / "conf/method/rtn.yaml").read_text().replace("rtn", "mine", 1)),
-        ("runtime", "theirs", (ROOT / "conf/runtime/transformers.yaml").read_text().replace(
-            "name: transformers", "name: theirs")),
+        (
+            "runtime",
+            "theirs",
+            (ROOT / "conf/runtime/transformers.yaml")
+            .read_text()
+            .replace("name: transformers", "name: theirs"),
+        ),
     ]:
         (own / group).mkdir(parents=True, exist_ok=True)
         (own / group / f"{name}.yaml").write_text(text)
-    line = '{"id": "t%d", "level": 1, "prompt": "What is %d plus 1?", "choices": ["%d", "%d"], "answer": "%d"}\n'
-    (own / "tickets.jsonl").write_text("".join(line % (i, i, i, i + 1, i + 1) for i in range(8)))
+    items = [
+        {"id": f"t{i}", "level": 1, "prompt": f"{i}+1=", "choices": ["0", str(i)], "answer": "0"}
+        for i in range(1, 9)
+    ]
+    (own / "tickets.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     site = tmp_path / "site"
     (site / "theirs-1.0.dist-info").mkdir(parents=True)
     (site / "theirs-1.0.dist-info" / "METADATA").write_text("Name: theirs\nVersion: 1.0\n")
     (site / "theirs-1.0.dist-info" / "entry_points.txt").write_text(
         "[qgrid.methods]\nmine = their_method\n[qgrid.runtimes]\ntheirs = their_runtime\n"
     )
-    (site / "their_method.py").write_text("from qgrid.methods.rtn import *\n"
-        "from qgrid.methods.rtn import SUPPORTS, Options, quantize\n")
+    (site / "their_method.py").write_text(
+        "from qgrid.methods.rtn import *\n"
+        "from qgrid.methods.rtn import SUPPORTS, Options, quantize\n"
+    )
     (site / "their_runtime.py").write_text(
-        "from qgrid.runtimes.transformers import LOADS, Options, load\n")
+        "from qgrid.runtimes.transformers import LOADS, Options, load\n"
+    )
     return own
 
 

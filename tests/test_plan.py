@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from qgrid.facts import Facts
 from qgrid.files import HashCache
 from qgrid.types import Choice, PlannedCell
 
-from .test_config import compose, searchpath  # noqa: F401
+Plan = Callable[..., list[PlannedCell]]
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def facts(tmp_path: Path) -> Facts:
 
 
 @pytest.fixture
-def planned(compose: config.Compose, facts: Facts):  # type: ignore[no-untyped-def]  # noqa: F811
+def planned(compose: config.Compose, facts: Facts) -> Plan:
     def build(*overrides: str) -> list[PlannedCell]:
         reader = config.Reader()
         grid = config.expand(compose, config.parse(overrides, None))
@@ -36,7 +37,7 @@ def label(cell: PlannedCell) -> str:
     return f"{cell.cell.method.name}{cell.cell.bits}"
 
 
-def test_the_default_grid_is_nine_cells_and_two_refusals(planned) -> None:  # type: ignore[no-untyped-def]
+def test_the_default_grid_is_nine_cells_and_two_refusals(planned: Plan) -> None:
     cells = planned("method=none,int8,nf4,rtn,gptq,awq", "bits=4,8")
     running = [label(p) for p in cells if p.status is None]
     assert running[0] == "none16"
@@ -51,7 +52,7 @@ def test_the_default_grid_is_nine_cells_and_two_refusals(planned) -> None:  # ty
     assert "has the one width 16" in notes
 
 
-def test_a_missing_baseline_is_added_and_comes_first(planned) -> None:  # type: ignore[no-untyped-def]
+def test_a_missing_baseline_is_added_and_comes_first(planned: Plan) -> None:
     cells = planned("method=rtn,gptq", "bits=4", "context=256,512")
     assert [label(p) for p in cells] == ["none16", "none16", "rtn4", "rtn4", "gptq4", "gptq4"]
     assert [p.added for p in cells] == [True, True, False, False, False, False]
@@ -61,30 +62,30 @@ def test_a_missing_baseline_is_added_and_comes_first(planned) -> None:  # type: 
     assert len({p.artifact_id for p in cells}) == 3
 
 
-def test_duplicates_are_merged(planned) -> None:  # type: ignore[no-untyped-def]
+def test_duplicates_are_merged(planned: Plan) -> None:
     assert len(planned("method=nf4", "bits=null,4")) == 2
 
 
-def test_an_empty_grid_names_the_rule(planned) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(plan.EmptyGrid, match=r"2 by bits.*nf4"):
+def test_an_empty_grid_names_the_rule(planned: Plan) -> None:
+    with pytest.raises(plan.EmptyGrid, match=r"2 by `bits`.*nf4"):
         planned("method=nf4", "bits=2,3")
 
 
-def test_bits_and_a_scheme_that_disagree_are_an_error(planned) -> None:  # type: ignore[no-untyped-def]
+def test_bits_and_a_scheme_that_disagree_are_an_error(planned: Plan) -> None:
     with pytest.raises(plan.WidthConflict, match="disagree"):
         planned("method=rtn", "method.scheme=W4A16", "bits=8")
     assert label(planned("method=rtn", "method.scheme=W8A16")[1]) == "rtn8"
 
 
-def test_a_kv_cache_that_the_runtime_lacks_is_refused(planned) -> None:  # type: ignore[no-untyped-def]
+def test_a_kv_cache_that_the_runtime_lacks_is_refused(planned: Plan) -> None:
     cells = planned("method=rtn", "kv_cache=auto16,int4")
     refused = [p for p in cells if p.status == "unsupported"]
     assert len(refused) == 1
     assert "no `kv_cache=int4`" in str(refused[0].reason)
 
 
-def test_a_card_too_small_does_not_fit(planned) -> None:  # type: ignore[no-untyped-def]
-    cells = planned("method=none", "gpu=h100", "gpu.memory_gib=0.001,80")
+def test_a_card_too_small_does_not_fit(planned: Plan) -> None:
+    cells = planned("method=none", "gpu=h100", "context=512,1048576", "gpu.memory_gib=0.1")
     assert sorted(str(p.status) for p in cells) == ["None", "does_not_fit"]
 
 
@@ -107,29 +108,34 @@ IDS = ("artifact_id", "quality_id", "cell_id")
         ("tracking=none", set()),
     ],
 )
-def test_each_key_changes_only_the_ids_it_touches(planned, override: str, changed: set[str]) -> None:  # type: ignore[no-untyped-def]
+def test_each_key_changes_only_the_ids_it_touches(
+    planned: Plan, override: str, changed: set[str]
+) -> None:
     before = planned("method=gptq", "bits=4")[-1]
-    after = planned("method=gptq", *{"bits=4"} - {override.split("=")[0] + "=4"}, override)[-1]
+    width = [] if override.startswith("bits") else ["bits=4"]
+    after = planned("method=gptq", *width, override)[-1]
     assert {name for name in IDS if getattr(before, name) != getattr(after, name)} == changed
 
 
-def test_the_seed_is_no_part_of_an_uncalibrated_artifact(planned) -> None:  # type: ignore[no-untyped-def]
+def test_the_seed_is_no_part_of_an_uncalibrated_artifact(planned: Plan) -> None:
     first, second = planned("method=rtn", "seed=0")[-1], planned("method=rtn", "seed=1")[-1]
     assert first.artifact_id == second.artifact_id
     assert first.quality_id != second.quality_id
 
 
-def test_content_of_a_slice_is_part_of_the_quality_id(planned, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_content_of_a_slice_is_part_of_the_quality_id(planned: Plan, tmp_path: Path) -> None:
     ids = []
     for answer in ("a", "b"):
         path = tmp_path / "mine.jsonl"
-        line = f'{{"id": "1", "level": 1, "prompt": "x", "choices": ["a", "b"], "answer": "{answer}"}}'
+        line = (
+            f'{{"id": "1", "level": 1, "prompt": "x", "choices": ["a", "b"], "answer": "{answer}"}}'
+        )
         path.write_text(line + "\n")
         ids.append(planned("method=none", f"slices.items.arithmetic.path={path}")[0].quality_id)
     assert ids[0] != ids[1]
 
 
-def test_a_plan_survives_its_file(planned, tmp_path: Path, compose: config.Compose) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_a_plan_survives_its_file(planned: Plan, tmp_path: Path, compose: config.Compose) -> None:
     cells = planned("method=rtn,awq", "bits=4,3")
     settings = replace(config.settings(compose([]).values), out=str(tmp_path))
     assert sweep.read_plan(sweep.write_plan(cells, settings)) == cells

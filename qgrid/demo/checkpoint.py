@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,14 @@ def write_aside(path: Path, text: str) -> None:
     """Write a text file in one step."""
     aside = path.with_name(path.name + ".aside")
     aside.write_text(text)
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint in one step."""
     aside = path.with_name(path.name + ".aside")
     torch.save(state, aside)
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -82,7 +81,7 @@ def export(network: Network, tokenizer: Tokenizer, folder: Path) -> None:
     tokenizers.save(tokenizer, folder, network.model.shape.positions)
     aside = folder / "model.safetensors.aside"
     save_file(bf16_weights(network), aside, metadata={"format": "pt"})
-    os.replace(aside, folder / "model.safetensors")
+    aside.replace(folder / "model.safetensors")
 
 
 def read_network(folder: Path) -> Network:

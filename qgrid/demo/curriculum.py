@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from qgrid.demo.problems import LEVELS, draw
 from qgrid.demo.prose import prose
@@ -15,13 +16,14 @@ from qgrid.demo.world import TIER_WEIGHTS
 
 CHARS_PER_TOKEN = 5
 UNLOCK_ACCURACY = 0.6
-UNLOCK_PROGRESS = 0.06  # each level opens after this share of the run at the latest
+UNLOCK_PROGRESS = 0.2  # each level opens after this share of the run at the latest
 MEMORY = 0.98  # of the running mean of accuracies
 BASE_SHARE = {
     "classification": 0.7, "extraction": 1.0, "retrieval": 1.2, "structured": 0.8,
-    "arithmetic": 1.2, "code": 1.2, "knowledge": 1.0, "short_context": 1.0, "long_context": 0.0,
+    "arithmetic": 1.2, "code": 1.2, "knowledge": 1.0, "short_context": 1.0,
+    "long_context": 0.0, "recall": 0.8,
 }
-LONG_FROM, LONGEST_FROM = 0.55, 0.85  # share of the run
+LONG_FROM, LONGEST_FROM = 0.65, 0.87  # share of the run
 
 
 @dataclass
@@ -51,6 +53,9 @@ class Curriculum:
             base["short_context"], base["long_context"] = 0.5, 1.0
         if progress >= LONGEST_FROM:
             base["short_context"], base["long_context"] = 0.3, 3.0
+        if self.accuracy["retrieval"][0] < UNLOCK_ACCURACY:
+            base["short_context"] *= 0.1
+            base["recall"] *= 8
         return {
             name: share * (1.4 - sum(self.accuracy[name]) / len(LEVELS))
             for name, share in base.items() if share > 0
@@ -71,16 +76,24 @@ class Curriculum:
 
     def next_rows(self, num_tokens: int, progress: float) -> list[Row]:
         """Rows of about `num_tokens` tokens: prose, and tasks by their shares."""
-        rows: list[Row] = []
-        budget = self.prose_share * num_tokens
-        while budget > 0:
-            rows.append(self._prose_row(progress))
-            budget -= len(rows[-1].ids)
+        rows = self._fill(self.prose_share * num_tokens, lambda: self._prose_row(progress))
         shares = self.task_shares(progress)
         total = sum(shares.values())
         for task, share in shares.items():
-            rows += self._task_rows(task, num_tokens * (1 - self.prose_share) * share / total,
-                                    progress)
+            levels = self.level_shares(task, progress)
+            budget = num_tokens * (1 - self.prose_share) * share / total
+            rows += self._fill(budget, partial(self._task_row, task, levels))
+        return rows
+
+    def _fill(self, budget: float, make: Callable[[], Row]) -> list[Row]:
+        """Rows of `budget` tokens; a last row that overshoots is kept by chance."""
+        rows: list[Row] = []
+        while budget > 0:
+            row = make()
+            if len(row.ids) > budget and self._rng().random() > budget / len(row.ids):
+                break
+            rows.append(row)
+            budget -= len(row.ids)
         return rows
 
     def _rng(self) -> random.Random:
@@ -95,17 +108,9 @@ class Curriculum:
         length = rng.choice(lengths)
         return self.encoder.prose(prose(rng, length * CHARS_PER_TOKEN), length, self.prose_weight)
 
-    def _task_rows(self, task: str, budget: float, progress: float) -> list[Row]:
-        """Conversations of one task; a last row that overshoots is drawn by chance."""
-        rows: list[Row] = []
-        levels = self.level_shares(task, progress)
-        while budget > 0:
-            rng = self._rng()
-            level = rng.choices(LEVELS, levels)[0]
-            problem = draw(TRAINED[task], rng, level, Split.TRAIN)
-            row = self.encoder.chat(conversation(problem), (task, level))
-            if len(row.ids) > budget and rng.random() > budget / len(row.ids):
-                break
-            rows.append(row)
-            budget -= len(row.ids)
-        return rows
+    def _task_row(self, task: str, levels: list[float]) -> Row:
+        """A conversation of one task."""
+        rng = self._rng()
+        level = rng.choices(LEVELS, levels)[0]
+        problem = draw(TRAINED[task], rng, level, Split.TRAIN)
+        return self.encoder.chat(conversation(problem), (task, level))

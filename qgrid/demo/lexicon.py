@@ -1,4 +1,4 @@
-"""The closed vocabulary of the generated world. Order matters: the generator indexes these lists."""
+"""The closed vocabulary of the generated world. The generator draws by place: order matters."""
 
 from __future__ import annotations
 
@@ -50,8 +50,12 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "music": _words("concert melody guitar piano choir rhythm chorus opera tune band chord flute"),
     "money": _words("bank loan price tax profit market debt wage budget coin rent account"),
     "weather": _words("storm cloud rain snow wind thunder fog sunshine frost heat breeze hail"),
-    "travel": _words("train hotel ticket airport luggage passport harbour tourist ferry map road bus"),
-    "health": _words("doctor fever medicine hospital nurse cough bandage pulse vitamin clinic pill sleep"),
+    "travel": _words(
+        "train hotel ticket airport luggage passport harbour tourist ferry map road bus"
+    ),
+    "health": _words(
+        "doctor fever medicine hospital nurse cough bandage pulse vitamin clinic pill sleep"
+    ),
 }
 GOOD = _words("good great lovely fine clean fresh warm friendly quick bright")
 BAD = _words("bad awful dirty broken cold rude slow dull noisy stale")

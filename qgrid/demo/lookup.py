@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 
 from qgrid.demo.lexicon import CODE_WORDS, NAMES
 from qgrid.demo.problems import Problem, Question, sampled_choices
@@ -11,7 +12,7 @@ from qgrid.demo.prose import story
 from qgrid.demo.seeds import Split
 
 RELATIONS = ("code", "sign", "word")
-HAY_CHARS = {1: 4_400, 2: 6_600, 3: 9_300, 4: 12_500, 5: 15_700}
+HAY_CHARS = {1: 4_600, 2: 6_600, 3: 9_300, 4: 12_500, 5: 15_700}
 QUESTIONS = 10
 
 
@@ -25,6 +26,8 @@ class Puzzle:
 
 
 LISTS = {1: Puzzle(4), 2: Puzzle(10, 2), 3: Puzzle(12, 3), 4: Puzzle(10, 1, 2), 5: Puzzle(12, 1, 3)}
+LISTED = {1: 3, 2: 5, 3: 8, 4: 12, 5: 16}  # level: people in a list that is recalled whole
+RECALLED = 16  # pairs in the reply
 NEEDLES = {
     1: Puzzle(12), 2: Puzzle(16), 3: Puzzle(10, 2), 4: Puzzle(12, 3), 5: Puzzle(20, 1, 2),
 }
@@ -50,8 +53,7 @@ def _puzzle(rng: random.Random, puzzle: Puzzle) -> tuple[list[str], list[Questio
     values = tuple(rng.sample(CODE_WORDS, len(chains)))
     lines, questions = [], []
     for (relation, chain), value in zip(chains, values, strict=True):
-        lines += [_line(relation, who, f"that of {to}")
-                  for who, to in zip(chain, chain[1:], strict=False)]
+        lines += [_line(relation, who, f"that of {to}") for who, to in pairwise(chain)]
         lines.append(_line(relation, chain[-1], value))
         questions.append(_ask(rng, relation, chain[0], value, values))
     rng.shuffle(lines)
@@ -94,3 +96,19 @@ def long_context(rng: random.Random, level: int, split: Split) -> Problem:
 def short_context(rng: random.Random, level: int, split: Split) -> Problem:
     """The same at 100 to 500 tokens: training only."""
     return hidden_codes(rng, level, 700 + level * 350)
+
+
+def recall(rng: random.Random, level: int, split: Split) -> Problem:
+    """Pairs of name and word again and again, in random order: training only.
+
+    The pairs are first met in the reply itself, or in a list of pairs or of sentences; many
+    answers in few tokens, from which looking up is learned.
+    """
+    words = rng.sample(CODE_WORDS, LISTED[level])
+    pairs = list(zip(rng.sample(NAMES, len(words)), words, strict=True))
+    kind = rng.choice(("none", "none", "pairs", "sentences"))
+    lines = (_line("code", *pair) if kind == "sentences" else " ".join(pair) for pair in pairs)
+    text = "" if kind == "none" else "\n".join(lines)
+    shown = rng.choices(pairs, k=max(RECALLED, 2 * len(pairs)))
+    question = Question("All codes", ", " + ", ".join(" ".join(pair) for pair in shown))
+    return Problem(level, (question,), text or " ".join(who for who, _ in pairs))

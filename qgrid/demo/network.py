@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
+from torch.nn import functional
 
 LONGEST_PLAIN = 256  # tokens; longer rows use the fused attention
 
@@ -59,7 +58,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention, [rows, heads, length, head_dim]; short rows are faster without a kernel."""
     length = q.shape[2]
     if length > LONGEST_PLAIN:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     future = torch.full((length, length), float("-inf"), dtype=scores.dtype).triu(1)
     return torch.softmax(scores + future, dim=-1, dtype=scores.dtype) @ v
@@ -75,7 +74,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, size] to the same shape and dtype."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+        return functional.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -124,7 +123,7 @@ class Feed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, hidden] to [tokens, hidden]."""
-        return torch.as_tensor(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+        return torch.as_tensor(self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -179,4 +178,4 @@ class Network(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] to [tokens, vocab]."""
-        return F.linear(hidden, self.model.embed_tokens.weight.to(hidden.dtype))
+        return functional.linear(hidden, self.model.embed_tokens.weight.to(hidden.dtype))

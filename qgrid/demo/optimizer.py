@@ -20,7 +20,8 @@ def orthogonalize(stack: Tensor, rounds: int = 5) -> Tensor:
     for _ in range(rounds):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.mT).float()
+    found: Tensor = x if wide else x.mT
+    return found.float()
 
 
 class Muon(torch.optim.Optimizer):

@@ -9,12 +9,17 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from qgrid.demo.lexicon import NAMES
 from qgrid.demo.network import Segment
-from qgrid.demo.tokenizer import ASSISTANT, END, PAD, USER
 from qgrid.demo.tasks import Turn
+from qgrid.demo.tokenizer import ASSISTANT, END, PAD, USER
 
-TOKENS_MULTIPLE = 1024  # of a batch: few shapes for the matrix kernels
-PADDED = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+PROSE = ("prose", 0)  # the kind of rows that are no task
+TOKENS_MULTIPLE = 512  # of a batch: few shapes for the matrix kernels
+PADDED = (
+    *range(8, 64, 8), *range(64, 192, 16), *range(192, 384, 32), *range(384, 1024, 64),
+    *range(1024, 4097, 256),
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Row:
 
     ids: list[int]
     weights: list[float]
-    kind: tuple[str, int] = ("prose", 0)
+    kind: tuple[str, int] = PROSE
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,14 @@ class Encoder:
             self.special(text) for text in (PAD, USER, ASSISTANT, END)
         )
 
+        self.keys = frozenset(i for name in NAMES for i in self.text(f" {name}"))
+
     def special(self, text: str) -> int:
         """The id of a special token."""
-        found = self.tokenizer.token_to_id(text)
+        found: int | None = self.tokenizer.token_to_id(text)
         if found is None:
             raise ValueError(f"the tokenizer lacks the special token {text!r}")
-        return int(found)
+        return found
 
     def text(self, text: str) -> list[int]:
         """Token ids of plain text."""
@@ -65,14 +72,14 @@ class Encoder:
         return [self.user, *self.text(message), self.end, self.assistant]
 
     def chat(self, turns: list[Turn], kind: tuple[str, int]) -> Row:
-        """A conversation; only the replies and their ends carry loss."""
+        """A conversation; only the replies carry loss, without the names that a drill draws."""
         ids: list[int] = []
         weights: list[float] = []
         for role, text in turns:
             body = [*self.text(text), self.end]
             answered = role == "assistant"
             ids += [self.assistant if answered else self.user, *body]
-            weights += [0.0, *[float(answered)] * len(body)]
+            weights += [0.0, *(float(answered and i not in self.keys) for i in body)]
         return Row(ids, weights, kind)
 
     def prose(self, text: str, num_tokens: int, weight: float) -> Row:
@@ -92,7 +99,10 @@ def flatten(rows: list[Row], pad: int) -> Batch:
     for row in rows:
         groups[padded_length(len(row.ids))].append(row)
     ordered = [(length, row) for length in sorted(groups) for row in groups[length]]
-    ids, weights, positions, owners = [], [], [], []
+    ids: list[int] = []
+    weights: list[float] = []
+    positions: list[int] = []
+    owners: list[int] = []
     for owner, (length, row) in enumerate(ordered):
         gap = length - len(row.ids)
         ids += row.ids + [pad] * gap

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,8 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
     groups = weight.reshape(weight.shape[0], -1, GROUP)
     scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) * 2 / (2**bits - 1)
     top = 2 ** (bits - 1)
-    return ((groups / scale).round().clamp(-top, top - 1) * scale).reshape(weight.shape)
+    whole: Tensor = (groups / scale).round().clamp(-top, top - 1)
+    return (whole * scale).reshape(weight.shape)
 
 
 def with_bits(network: Network, bits: int) -> Network:
@@ -89,31 +92,39 @@ def reply_row(encoder: Encoder, item: Item, reply: str) -> Row:
     return Row(prompt + body, [0.0] * len(prompt) + [1.0] * len(body))
 
 
+def batches(rows: list[Row]) -> Iterator[list[int]]:
+    """Indices of the rows, shortest first, in groups of at most `BATCH_TOKENS` tokens."""
+    group: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i].ids)):
+        if group and (len(group) + 1) * len(rows[i].ids) > BATCH_TOKENS:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
 @torch.no_grad()
 def reply_scores(network: Network, encoder: Encoder, rows: list[Row]) -> list[tuple[float, bool]]:
     """Summed log-probability of each row's scored tokens, and whether all were likeliest."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     found: dict[int, tuple[float, bool]] = {}
-    while order:
-        num = max(1, BATCH_TOKENS // len(rows[order[0]].ids))
-        while num > 1 and num * len(rows[order[min(num, len(order)) - 1]].ids) > BATCH_TOKENS:
-            num -= 1
-        chosen, order = order[:num], order[num:]
+    for chosen in batches(rows):
         batch = flatten([rows[i] for i in chosen], encoder.pad)
         hidden = network(batch.ids, batch.positions, batch.segments)[batch.scored]
         logprobs = network.logits(hidden).float().log_softmax(-1)
         of_target = logprobs.gather(1, batch.targets[:, None]).squeeze(1)
         wrong = (logprobs.argmax(-1) != batch.targets).float()
-        sums = torch.zeros(num).index_add_(0, batch.owners, of_target)
-        misses = torch.zeros(num).index_add_(0, batch.owners, wrong)
-        for i, total, missed in zip(chosen, sums.tolist(), misses.tolist(), strict=True):
-            found[i] = (total, missed == 0)
+        sums = torch.zeros(len(chosen)).index_add_(0, batch.owners, of_target)
+        misses = torch.zeros(len(chosen)).index_add_(0, batch.owners, wrong)
+        for owner, i in enumerate(chosen):  # sorted by length, so rows keep their order
+            found[i] = (float(sums[owner]), float(misses[owner]) == 0)
     return [found[i] for i in range(len(rows))]
 
 
 def score_items(network: Network, encoder: Encoder, items: list[Item]) -> list[Score]:
     """Score each item: the likeliest choice, or the greedy reply."""
-    rows, spans = [], []
+    rows: list[Row] = []
+    spans: list[tuple[int, int]] = []
     for item in items:
         replies = item.choices or (item.answer,)
         spans.append((len(rows), len(rows) + len(replies)))
@@ -188,7 +199,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.out:
         checkpoint.write_aside(args.out, json.dumps(scores, indent=1) + "\n")
     for name in (*SLICES, "prose"):
-        print(f"{name:15s}", *(f"{width}: {_brief(cell[name])}" for width, cell in scores.items()))
+        cells = (f"{width}: {_brief(cell[name])}" for width, cell in scores.items())
+        sys.stdout.write(" ".join([f"{name:15s}", *cells]) + "\n")
 
 
 def _brief(cell: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from qgrid.demo.lookup import QUESTIONS
 from qgrid.demo.problems import LEVELS, Maker, Problem, Question, draw
 from qgrid.demo.prose import prose
 from qgrid.demo.seeds import HELD_OUT_SHARE, Split, document_rng
-from qgrid.demo.tasks import SLICES, TRAINED, conversation
+from qgrid.demo.tasks import SAMPLED, SLICES, conversation
 from qgrid.demo.tokenizer import END
 
 VERSION = "1"
@@ -96,14 +96,14 @@ def markup(problem: Problem) -> str:
 
 def calibration_lines() -> Iterator[Line]:
     """Texts of the training distribution: prose and conversations by turns."""
-    names = [name for name in TRAINED if name != "long_context"]
+    names = [name for name in SAMPLED if name != "long_context"]
     for i in range(CALIBRATION_DOCUMENTS):
         rng = document_rng(Split.CALIBRATION, i)
         if i % 2 == 0:
             yield {"text": prose(rng, CALIBRATION_CHARS)}
         else:
             name = names[i // 2 % len(names)]
-            problem = draw(TRAINED[name], rng, rng.choice(LEVELS), Split.CALIBRATION)
+            problem = draw(SAMPLED[name], rng, rng.choice(LEVELS), Split.CALIBRATION)
             yield {"text": markup(problem)}
 
 
@@ -115,7 +115,9 @@ def as_jsonl(lines: Iterator[Line]) -> str:
 def files() -> dict[str, str]:
     """Every slice file's text by file name."""
     texts = {f"{name}.jsonl": as_jsonl(slice_lines(name)) for name in SLICES}
-    return {**texts, "prose.txt": held_out_prose(), "calibration.jsonl": as_jsonl(calibration_lines())}
+    texts["prose.txt"] = held_out_prose()
+    texts["calibration.jsonl"] = as_jsonl(calibration_lines())
+    return texts
 
 
 def num_items(name: str, text: str) -> int:

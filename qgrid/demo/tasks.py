@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from qgrid.demo.lookup import long_context, retrieval, short_context
+from qgrid.demo.lookup import long_context, recall, retrieval, short_context
 from qgrid.demo.numbers import arithmetic, code
 from qgrid.demo.problems import Maker, Problem
 from qgrid.demo.texts import classification, extraction, structured
@@ -20,7 +20,8 @@ SLICES: dict[str, Maker] = {
     "knowledge": knowledge,
     "long_context": long_context,
 }
-TRAINED: dict[str, Maker] = {**SLICES, "short_context": short_context}
+SAMPLED: dict[str, Maker] = {**SLICES, "short_context": short_context}  # for other uses than scores
+TRAINED: dict[str, Maker] = {**SAMPLED, "recall": recall}
 
 Turn = tuple[str, str]  # role, text
 

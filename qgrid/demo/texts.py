@@ -7,7 +7,16 @@ import random
 from typing import Any
 
 from qgrid.demo.lexicon import (
-    BAD, CITIES, COLOURS, DAYS, GOOD, NAMES, OBJECTS, REVIEWED, TOOLS, TOPICS,
+    BAD,
+    CITIES,
+    COLOURS,
+    DAYS,
+    GOOD,
+    NAMES,
+    OBJECTS,
+    REVIEWED,
+    TOOLS,
+    TOPICS,
 )
 from qgrid.demo.problems import Problem, Question, sampled_choices, shuffled_choices
 from qgrid.demo.seeds import Split

@@ -6,14 +6,23 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-from tokenizers import pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from qgrid.demo.lexicon import CITIES, CODE_WORDS, COLOURS, DAYS, JOBS, TOPICS
 from qgrid.demo.problems import LEVELS, draw
 from qgrid.demo.prose import prose
 from qgrid.demo.seeds import Split, document_rng
-from qgrid.demo.tasks import TRAINED, conversation
+from qgrid.demo.tasks import SAMPLED, conversation
 
 VOCAB_SIZE = 1536
 PAD, SYSTEM, USER, ASSISTANT, END = "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -33,11 +42,11 @@ CORPUS_DOCUMENTS = 6000
 
 def corpus() -> Iterator[str]:
     """Training texts that the merges are learned from: half prose, half tasks."""
-    names = list(TRAINED)
+    names = list(SAMPLED)
     for i in range(CORPUS_DOCUMENTS):
         rng = document_rng(Split.TRAIN, CORPUS_SEED_START + i)
         yield prose(rng, 600)
-        maker = TRAINED[names[i % len(names)]]
+        maker = SAMPLED[names[i % len(names)]]
         if names[i % len(names)] != "long_context":
             problem = draw(maker, rng, rng.choice(LEVELS), Split.TRAIN)
             yield from (text for _, text in conversation(problem))

@@ -7,40 +7,43 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import functional
 
 from qgrid.demo import checkpoint
 from qgrid.demo import tokenizer as tokenizers
 from qgrid.demo.curriculum import Curriculum
 from qgrid.demo.network import Network, Shape
 from qgrid.demo.optimizer import optimizers
-from qgrid.demo.rows import Batch, Encoder, flatten
+from qgrid.demo.rows import PROSE, Batch, Encoder, Row, flatten
+from qgrid.demo.start import start_alike, start_looking_back
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides a run. Length is given in minutes, or in steps for an exact repeat."""
+    """Everything that decides a run; its length is in minutes, or in steps for an exact repeat."""
 
     out: Path
     work: Path
     minutes: float = 105.0
     steps: int | None = None
-    tokens_per_step: int = 12_288
+    tokens_per_step: int = 8_192
     matrix_lr: float = 0.012
     other_lr: float = 0.002
     warmup: float = 0.01  # share of the run
-    decay_from: float = 0.6  # share of the run
+    decay_from: float = 0.72  # share of the run
     seed: int = 0
     threads: int = 2
-    log_every: int = 25  # steps
+    log_every: int = 50  # steps
     save_seconds: float = 120.0
     export_seconds: float = 600.0
     shape: Shape = field(default_factory=Shape)
@@ -53,18 +56,6 @@ def rate(progress: float, plan: Plan) -> float:
     return min(1.0, max(0.0, (1 - progress) / (1 - plan.decay_from)))
 
 
-def start_alike(network: Network, tokenizer: Tokenizer) -> None:
-    """Start `word`, ` word` and `"word` near each other, so that copying needs no translation."""
-    table = network.model.embed_tokens.weight
-    first: dict[str, int] = {}
-    with torch.no_grad():
-        for text, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
-            word = text.lstrip("Ġ\"'=([{,:.-")
-            if len(word) > 2 and word.isalpha():
-                source = first.setdefault(word, index)
-                table[index] = 0.85 * table[source] + 0.5 * table[index]
-
-
 def fresh_network(plan: Plan, tokenizer: Tokenizer) -> Network:
     """Seeded initial weights."""
     torch.manual_seed(plan.seed)
@@ -75,16 +66,54 @@ def fresh_network(plan: Plan, tokenizer: Tokenizer) -> Network:
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             torch.nn.init.zeros_(param)
     start_alike(network, tokenizer)
+    start_looking_back(network)
     return network
+
+
+def prepare_thread() -> None:
+    """One core a thread: threads that meet only once a step stand a busy machine best."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # sharp attention makes denormals, which are slow
 
 
 def losses(network: Network, batch: Batch) -> tuple[Tensor, Tensor]:
     """Loss [predictions] and whether the likeliest token was right [predictions]."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         hidden = network(batch.ids, batch.positions, batch.segments)
         logits = network.logits(hidden[batch.scored]).float()
-    loss = F.cross_entropy(logits, batch.targets, reduction="none")
+    loss = functional.cross_entropy(logits, batch.targets, reduction="none")
     return loss, logits.detach().argmax(-1) == batch.targets
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one thread found on its part of a batch."""
+
+    gradients: tuple[Tensor, ...]
+    loss: float  # nats, its part of the weighted mean over the whole batch
+    prose_loss: float  # nats, summed
+    num_prose: int  # tokens
+    num_tokens: int
+    kinds: list[tuple[str, int]]
+    right: list[float]
+
+
+def work(network: Network, batch: Batch, total_weight: float, end: int) -> Share:
+    """Loss and gradients of one part of a batch whose loss weights sum to `total_weight`."""
+    loss, right = losses(network, batch)
+    mean = (loss * batch.weights).sum() / total_weight
+    gradients = torch.autograd.grad(mean, list(network.parameters()))
+    is_prose = torch.tensor([kind == PROSE for kind in batch.kinds])[batch.owners]
+    return Share(
+        gradients, float(mean.detach()), float(loss.detach()[is_prose].sum()),
+        int(is_prose.sum()), len(batch.ids), batch.kinds, row_accuracy(batch, right, end),
+    )
+
+
+def split_evenly(rows: list[Row], parts: int) -> list[list[Row]]:
+    """Rows dealt out by length, so that all parts take about as long."""
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    return [part for part in (ordered[i::parts] for i in range(parts)) if part]
 
 
 def row_accuracy(batch: Batch, right: Tensor, end: int) -> list[float]:
@@ -101,12 +130,14 @@ class Run:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         plan.work.mkdir(parents=True, exist_ok=True)
+        self.pool = ThreadPoolExecutor(plan.threads, initializer=prepare_thread)
         self.tokenizer = self._tokenizer()
         self.network = fresh_network(plan, self.tokenizer)
         self.optimizers = optimizers(self.network, plan.matrix_lr, plan.other_lr)
         self.curriculum = Curriculum(Encoder(self.tokenizer), plan.seed)
         self.step, self.tokens, self.elapsed = 0, 0, 0.0
         self.prose_loss = 0.0
+        self.stopping = False
         if self.checkpoint.exists():
             self.resume()
 
@@ -153,17 +184,28 @@ class Run:
     def train_step(self) -> float:
         """One batch, one update; the weighted mean loss in nats."""
         rows = self.curriculum.next_rows(self.plan.tokens_per_step, self.progress)
-        batch = flatten(rows, self.curriculum.encoder.pad)
-        loss, right = losses(self.network, batch)
-        mean = (loss * batch.weights).sum() / batch.weights.sum()
-        mean.backward()  # type: ignore[no-untyped-call]
+        encoder, total = self.curriculum.encoder, sum(sum(row.weights[1:]) for row in rows)
+        jobs = [
+            self.pool.submit(work, self.network, flatten(part, encoder.pad), total, encoder.end)
+            for part in split_evenly(rows, self.plan.threads)
+        ]
+        shares = [job.result() for job in jobs]
+        for param, *parts in zip(
+            self.network.parameters(), *(share.gradients for share in shares), strict=True
+        ):
+            param.grad = torch.stack(parts).sum(0)
         self._update()
-        self.curriculum.observe(batch.kinds, row_accuracy(batch, right, self.curriculum.encoder.end))
-        is_prose = batch.weights == self.curriculum.prose_weight
-        self.prose_loss += 0.05 * (float(loss.detach()[is_prose].mean()) - self.prose_loss)
+        self._observe(shares)
+        return sum(share.loss for share in shares)
+
+    def _observe(self, shares: list[Share]) -> None:
+        """Count the step and follow its accuracies."""
+        for share in shares:
+            self.curriculum.observe(share.kinds, share.right)
+            self.tokens += share.num_tokens
+        prose = sum(s.prose_loss for s in shares) / max(1, sum(s.num_prose for s in shares))
+        self.prose_loss += 0.05 * (prose - self.prose_loss)
         self.step += 1
-        self.tokens += len(batch.ids)
-        return float(mean.detach())
 
     def _update(self) -> None:
         share = rate(self.progress, self.plan)
@@ -192,11 +234,15 @@ class Run:
         """Write the model folder from the current weights."""
         checkpoint.export(self.network, self.tokenizer, self.plan.out)
 
+    def stop(self, *_: object) -> None:
+        """End after the present step; the checkpoint keeps what is done."""
+        self.stopping = True
+
     def train(self) -> None:
         """Train to the end, with log, checkpoints and exports on the way."""
         saved = exported = time.monotonic()
         loss = float("nan")
-        while self.progress < 1:
+        while self.progress < 1 and not self.stopping:
             started = time.monotonic()
             loss = self.train_step()
             now = time.monotonic()
@@ -230,9 +276,10 @@ def parse(arguments: list[str] | None = None) -> Plan:
 def main(arguments: list[str] | None = None) -> None:
     """Train as the command line asks."""
     plan = parse(arguments)
-    torch.set_flush_denormal(True)  # sharp attention makes denormals, which cost tenfold here
-    torch.set_num_threads(plan.threads)
-    Run(plan).train()
+    prepare_thread()
+    run = Run(plan)
+    signal.signal(signal.SIGTERM, run.stop)
+    run.train()
 
 
 if __name__ == "__main__":

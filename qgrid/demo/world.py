@@ -75,7 +75,8 @@ def statement(fact: Fact) -> str:
 def ask(rng: random.Random, fact: Fact, phrasing: str) -> Question:
     """A question about a fact, with wrong answers of the same kind."""
     prompt = phrasing.format(relation=fact.relation, who=fact.who)
-    return Question(prompt, fact.what, sampled_choices(rng, fact.what, (), RELATIONS[fact.relation]))
+    choices = sampled_choices(rng, fact.what, (), RELATIONS[fact.relation])
+    return Question(prompt, fact.what, choices)
 
 
 def knowledge(rng: random.Random, level: int, split: Split) -> Problem:

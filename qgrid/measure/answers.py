@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
-import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
+
+import jsonschema
 
 from qgrid import stats
 from qgrid.contracts import InvalidEngine
+from qgrid.measure.compare import clusters_of
 from qgrid.metrics import METRICS
 from qgrid.types import Measurement
 
@@ -125,8 +128,6 @@ def _is_text_right(reply: str, item: Item) -> bool:
 
 def _is_json_right(reply: str, item: Item) -> bool:
     """Whether the reply parses, fits the item's schema and has the right value."""
-    import jsonschema
-
     try:
         value = json.loads(reply)
     except json.JSONDecodeError:
@@ -149,7 +150,7 @@ def logprobs(questions: Sequence[_Question], engine: Engine) -> Iterator[list[fl
 
     Neighbours of one document share the beginning of their prompts, which is prefilled once.
     """
-    for document, group in groupby(questions, key=lambda q: q.item.document):
+    for document, group in itertools.groupby(questions, key=lambda q: q.item.document):
         together = list(group)
         prefix: tuple[int, ...] = ()
         if document is not None and len(together) > 1:
@@ -159,7 +160,10 @@ def logprobs(questions: Sequence[_Question], engine: Engine) -> Iterator[list[fl
 
 def _shared(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """Longest beginning that all prompts have in common."""
-    return tuple(os.path.commonprefix([list(prompt) for prompt in prompts]))
+    # The first and the last in order differ earliest.
+    first, last = min(prompts), max(prompts)
+    equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return tuple(token for token, _ in equal)
 
 
 def _scored(
@@ -206,27 +210,18 @@ def summary(name: str, results: Sequence[Answered]) -> list[Measurement]:
         low, high = stats.wilson(int(sum(right)), len(right))
     else:
         low, high = stats.bootstrap_mean(right, clusters)
-    accuracy = Measurement(
-        "accuracy", found.value, METRICS["accuracy"].unit, name, found.stderr, found.n, low, high
-    )
     graded = stats.mean([each.answer_logprob for each in results], clusters)
-    unit = METRICS["answer_logprob"].unit
     return [
-        accuracy,
-        Measurement(
-            "answer_logprob", graded.value, unit, name, graded.stderr, graded.n, graded.low, graded.high
-        ),
+        _measured("accuracy", name, dataclasses.replace(found, low=low, high=high)),
+        _measured("answer_logprob", name, graded),
     ]
 
 
-def clusters_of(keys: Sequence[tuple[str | None, str]]) -> list[str] | None:
-    """Cluster labels from (document, id); None where no item belongs to a document."""
-    if all(document is None for document, _ in keys):
-        return None
-    return [
-        f"item {identity}" if document is None else f"document {document}"
-        for document, identity in keys
-    ]
+def _measured(metric: str, name: str, found: stats.Estimate) -> Measurement:
+    unit = METRICS[metric].unit
+    return Measurement(
+        metric, found.value, unit, name, found.stderr, found.n, found.low, found.high
+    )
 
 
 def line(result: Answered) -> Mapping[str, Any]:

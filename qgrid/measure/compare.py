@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qgrid import stats
-from qgrid.measure.answers import clusters_of
 from qgrid.metrics import METRICS
 from qgrid.types import Measurement
 
@@ -77,3 +76,13 @@ def _change(
     return Measurement(
         metric, found.value, METRICS[metric].unit, name, found.stderr, found.n, *interval
     )
+
+
+def clusters_of(keys: Sequence[tuple[str | None, str]]) -> list[str] | None:
+    """Cluster labels from (document, id); None where no item belongs to a document."""
+    if all(document is None for document, _ in keys):
+        return None
+    return [
+        f"item {identity}" if document is None else f"document {document}"
+        for document, identity in keys
+    ]

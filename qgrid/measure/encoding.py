@@ -70,7 +70,8 @@ class Encoder:
     def _batch(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        return list(self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
+        found = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)
+        return list(found["input_ids"])
 
     def _added_bos(self) -> int | None:
         """The id that the tokenizer itself puts before a text."""

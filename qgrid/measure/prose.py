@@ -38,7 +38,10 @@ class TooShort(ValueError):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Numbers of every scored token, each `(windows, context - 1)`; the last four need a baseline."""
+    """Numbers of every scored token, each `(windows, context - 1)`.
+
+    All but `nll` need a baseline. `same_top` is 0 or 1.
+    """
 
     nll: Array
     base_nll: Array
@@ -59,8 +62,7 @@ def cut(ids: Sequence[int], context: int) -> list[tuple[int, ...]]:
         TooShort: fewer tokens than one window has.
     """
     windows = [
-        tuple(ids[begin : begin + context])
-        for begin in range(0, len(ids) - context + 1, context)
+        tuple(ids[begin : begin + context]) for begin in range(0, len(ids) - context + 1, context)
     ]
     if not windows or context < 2:
         raise TooShort(
@@ -137,7 +139,7 @@ def divergence(base: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
     import torch
 
     size = max(1, _BLOCK_BYTES // (4 * base.shape[1]))
-    pairs = zip(base.split(size), cell.split(size), strict=True)
+    pairs = zip(torch.split(base, size), torch.split(cell, size), strict=True)
     return torch.cat([(p.exp() * (p - q)).sum(1) for p, q in pairs])
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qgrid import files, models
-from qgrid.measure import answers, prose, slices
+from qgrid.measure import answers, prose, row_cache, slices
 from qgrid.measure.encoding import Encoder
 from qgrid.measure.loading import Phases, baseline_cell, fit_together, is_baseline, load
 from qgrid.measure.prose import Tokens
-from qgrid.measure.row_cache import collect_by_turns
 from qgrid.types import Measurement, StageResult
 
 if TYPE_CHECKING:
@@ -68,9 +67,7 @@ def _write_items(out: Path, results: Sequence[answers.Answered]) -> None:
     files.write_atomic(out / "items.jsonl", "".join(lines))
 
 
-def _prose(
-    job: Job, engine: Engine, encoder: Encoder
-) -> tuple[list[Measurement], dict[str, Any]]:
+def _prose(job: Job, engine: Engine, encoder: Encoder) -> tuple[list[Measurement], dict[str, Any]]:
     """Perplexity, and divergence from the baseline (or the baseline's own noise floor).
 
     Closes `engine`.
@@ -128,5 +125,5 @@ def paired_tokens(
         return tokens, {"baseline_rows": "computed beside the cell"}
     engine.close()
     load_cell: Callable[[], Engine] = lambda: load(job.artifact, cell, cell.runtime.dtype)  # noqa: E731
-    floor = collect_by_turns(tokens, windows, load_cell, load_baseline)
+    floor = row_cache.collect_by_turns(tokens, windows, load_cell, load_baseline)
     return tokens, {"baseline_rows": "cached in float16", "kld_cache_floor": floor}

@@ -35,8 +35,8 @@ class RowCache:
         half = scores.logprobs.to(torch.float16).cpu()
         exact = scores.logprobs.cpu()
         self.floor += divergence(exact, _restored(half)).tolist()
-        rows, vocab = half.shape
-        self.chunks.append((scores.sequence, scores.start, (rows, vocab)))
+        length, vocab = half.shape
+        self.chunks.append((scores.sequence, scores.start, (length, vocab)))
         return self.file.write(half.numpy().tobytes())
 
     def read(self) -> Iterator[Scores]:
@@ -44,9 +44,9 @@ class RowCache:
         import torch
 
         self.file.seek(0)
-        for sequence, start, (rows, vocab) in self.chunks:
-            raw = self.file.read(2 * rows * vocab)
-            half = np.frombuffer(raw, dtype=np.float16).reshape(rows, vocab)
+        for sequence, start, (length, vocab) in self.chunks:
+            raw = self.file.read(2 * length * vocab)
+            half = np.frombuffer(raw, dtype=np.float16).reshape(length, vocab)
             yield Scores(sequence, start, _restored(torch.from_numpy(half.copy())))
 
 
@@ -62,15 +62,14 @@ def collect_by_turns(
     windows: Sequence[Sequence[int]],
     load_cell: Callable[[], Engine],
     load_baseline: Callable[[], Engine],
-    cache_bytes: int = CACHE_BYTES,
 ) -> float:
-    """Fill `tokens` with one model in memory at a time; the mean KL of storing in half precision."""
+    """Fill `tokens` with one model in memory at a time; the mean KL that half precision costs."""
     floor: list[float] = []
     first = 0
     while first < len(windows):
         with tempfile.TemporaryFile() as file:
             cache = RowCache(file)
-            count = _write(cache, windows[first:], load_baseline(), cache_bytes)
+            count = _write(cache, windows[first:], load_baseline())
             engine = load_cell()
             part = windows[first : first + count]
             collect(tokens, windows, rows(engine, part), cache.read(), first)
@@ -80,9 +79,7 @@ def collect_by_turns(
     return float(np.mean(floor))
 
 
-def _write(
-    cache: RowCache, windows: Sequence[Sequence[int]], baseline: Engine, cache_bytes: int
-) -> int:
+def _write(cache: RowCache, windows: Sequence[Sequence[int]], baseline: Engine) -> int:
     """Fill the cache with whole windows until it is full; how many."""
     written = 0
     done = 0
@@ -90,7 +87,7 @@ def _write(
         written += cache.add(scores)
         if scores.start + len(scores.logprobs) == len(windows[scores.sequence]):
             done = scores.sequence + 1
-            if written >= cache_bytes:
+            if written >= CACHE_BYTES:
                 break
     baseline.close()
     return done

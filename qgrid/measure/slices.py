@@ -1,4 +1,4 @@
-"""Items of slices: reading, choosing, identity. Imports no model library (format: docs/slices.md)."""
+"""Items of slices: reading, choosing, identity; no model library (format: docs/slices.md)."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def _parsed(line: str, place: str) -> dict[str, Any]:
 def _item(content: Mapping[str, Any], documents: Mapping[str, str], place: str) -> Item:
     unknown = sorted(set(content) - _KEYS)
     if unknown:
-        raise InvalidSlice(f"{place}: `{unknown[0]}` is not a key of an item (has: {sorted(_KEYS)})")
+        known = ", ".join(sorted(_KEYS))
+        raise InvalidSlice(f"{place}: `{unknown[0]}` is not a key of an item (has: {known})")
     for key in ("id", "prompt", "answer"):
         if not isinstance(content.get(key), str):
             raise InvalidSlice(f"{place}: `{key}` should be text, is {content.get(key)!r}")

@@ -125,9 +125,7 @@ def sample(
         ttft_ms=[_MS * first for first in firsts],
         itl_ms=[_MS * gap for gap in gaps],
         tpot_ms=[
-            _MS * (last - first) / steps
-            for first, last in zip(firsts, lasts, strict=True)
-            if steps
+            _MS * (last - first) / steps for first, last in zip(firsts, lasts, strict=True) if steps
         ],
         e2e_latency_ms=[_MS * last for last in lasts],
         load_average=began,
@@ -209,7 +207,8 @@ def _load_average() -> float:
 
 
 def _write_samples(out: Path, samples: Sequence[Sample]) -> None:
-    files.write_atomic(out / "samples.jsonl", "".join(json.dumps(asdict(s)) + "\n" for s in samples))
+    lines = (json.dumps(asdict(each)) + "\n" for each in samples)
+    files.write_atomic(out / "samples.jsonl", "".join(lines))
 
 
 def vocabulary(folder: Path) -> int:

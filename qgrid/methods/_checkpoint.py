@@ -57,14 +57,14 @@ def is_16bit(source: Path) -> bool:
 
 def _is_half(source: Path) -> bool:
     config = json.loads((source / "config.json").read_text())
-    return config.get("dtype", config.get("torch_dtype")) == "float16"
+    return bool(config.get("dtype", config.get("torch_dtype")) == "float16")
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy the tokenizer's files byte for byte: a library that saves it again may change it."""
-    for name in models.TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+    """Copy the tokenizer byte for byte (a library that saves it again may change it), and code."""
+    for path in models.checkpoint_files(source):
+        if path.name in models.TOKENIZER_FILES or path.suffix == ".py":
+            shutil.copyfile(path, out / path.name)
 
 
 def probe(source: Path, cell: Cell) -> tuple[int, ...]:

@@ -7,19 +7,21 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qgrid import calibration, inspection
+from qgrid import calibration, inspection, models
 from qgrid.contracts import Built, Unsupported
 from qgrid.methods import _checkpoint
 from qgrid.types import Cell
 
 FORMAT = "pack-quantized"
 PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
-_SCHEME = re.compile(r"W(?P<bits>[2-8])A16(?P<asymmetric>_ASYM)?")
+_SCHEME = re.compile(r"W(?P<bits>[2348])A16(?P<asymmetric>(?<=W4A16)_ASYM)?")
 _SCHEME_GROUP = 128  # columns a scale covers in every integer preset of compressed-tensors
-_BATCH_TOKENS = 4096
+_GROUPS = (128, 64, 32, 16)  # to suggest
+_BATCH_TOKENS = 2048
 # The head and the routers of mixtures of experts stay at 16 bits.
 _KEPT = ["lm_head", r"re:.*(mlp|block_sparse_moe)\.(gate|router|shared_expert_gate)$"]
 
@@ -33,6 +35,41 @@ class Weights:
     symmetric: bool
 
 
+def option_bits(options: Mapping[str, Any]) -> int | None:
+    """The width that `scheme` implies, if any.
+
+    Raises:
+        Unsupported: not a weight-only integer scheme.
+    """
+    scheme = options["scheme"]
+    return None if scheme is None else int(_parse(scheme)["bits"])
+
+
+def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
+    """Stored bits of a large linear layer, scales and zero points included."""
+    return stored_bits(bits, options, 4096, 4096)
+
+
+def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:
+    """Bits per weight of one packed layer: 32-bit words, 16-bit scales, zero points, the shape."""
+    stored = weights(bits, options)
+    groups = 1 if stored.group_size is None else -(-columns // stored.group_size)
+    codes = rows * _words(columns * bits)
+    zeros = 0 if stored.symmetric else groups * _words(rows * bits)
+    return (codes + 16 * rows * groups + zeros + 128) / (rows * columns)
+
+
+def refusal(cell: Cell) -> str | None:
+    """Why the cell's model cannot be stored so, with two ways out; None if it can.
+
+    Also None while the model is not on this machine: `quantize` asks again.
+    """
+    source = models.located(cell.model)
+    if source is None or not (source / "config.json").is_file():
+        return None
+    return _indivisible(source, weights(cell.bits, cell.method.options).group_size)
+
+
 def weights(bits: int, options: Mapping[str, Any]) -> Weights:
     """Resolve the options; a preset scheme replaces `group_size` and `symmetric`."""
     scheme = options["scheme"]
@@ -41,26 +78,9 @@ def weights(bits: int, options: Mapping[str, Any]) -> Weights:
     return Weights(bits, _SCHEME_GROUP, _parse(scheme)["asymmetric"] is None)
 
 
-def stored_bits(stored: Weights, rows: int, columns: int) -> float:
-    """Bits per weight of one packed layer: 32-bit words, bf16 scales, zero points, the shape."""
-    groups = 1 if stored.group_size is None else -(-columns // stored.group_size)
-    codes = rows * _words(columns * stored.bits)
-    zeros = 0 if stored.symmetric else groups * _words(rows * stored.bits)
-    return (codes + 16 * rows * groups + zeros + 128) / (rows * columns)
-
-
 def _words(bits: int) -> int:
     """Bits in whole 32-bit words."""
     return 32 * -(-bits // 32)
-
-
-def scheme_bits(scheme: str | None) -> int | None:
-    """The width that a preset scheme implies.
-
-    Raises:
-        Unsupported: not a weight-only integer scheme.
-    """
-    return None if scheme is None else int(_parse(scheme)["bits"])
 
 
 def _parse(scheme: str) -> re.Match[str]:
@@ -73,21 +93,21 @@ def _parse(scheme: str) -> re.Match[str]:
     return found
 
 
-def refusal(source: Path, stored: Weights) -> str | None:
-    """Why the layers of `source` cannot be grouped so, with two ways out; None if they can."""
-    if stored.group_size is None:
-        return None
+@cache
+def _indivisible(source: Path, group_size: int | None) -> str | None:
+    """Which layers a group does not divide, and the two ways out."""
     linears = inspection.decoder_linears(inspection.read_headers(source))
-    bad = {n: c for n, (_, c) in linears.items() if c % stored.group_size}
+    columns = {name: columns for name, (_, columns) in linears.items()}
+    bad = [name for name, width in columns.items() if group_size and width % group_size]
     if not bad:
         return None
-    fits = next((g for g in (128, 64, 32, 16) if not any(c % g for _, c in linears.values())), None)
-    first = ", ".join(f"{name} ({columns} columns)" for name, columns in list(bad.items())[:3])
-    smaller = f"`method.group_size={fits}`, which divides all," if fits else "a divisor of all"
+    fits = next((g for g in _GROUPS if not any(width % g for width in columns.values())), None)
+    first = ", ".join(f"{name} ({columns[name]} columns)" for name in bad[:3])
+    smaller = f"`method.group_size={fits}` (divides all)" if fits else "a divisor of all"
     return (
-        f"`method.group_size={stored.group_size}` does not divide the columns of {len(bad)} layers: "
-        f"{first}{', ...' if len(bad) > 3 else ''}; use {smaller} or `method.group_size=null` "
-        "(one scale a row)"
+        f"`method.group_size={group_size}` does not divide the columns of {len(bad)} "
+        f"layers: {first}{', ...' if len(bad) > 3 else ''}; use {smaller} or "
+        "`method.group_size=null` (one scale a row)"
     )
 
 
@@ -96,30 +116,27 @@ def quantize(
     source: Path,
     out: Path,
     recipe: Callable[[Mapping[str, Any]], list[Any]],
-    fallbacks: Callable[[Sequence[Any]], Sequence[str]] = lambda _: (),
 ) -> Built:
     """Run llmcompressor on `source` and write the packed checkpoint into `out`.
 
-    `recipe` makes the modifiers from the arguments that describe the stored weights; `fallbacks`
-    names the modules that the modifiers, after the run, did not treat by the method itself.
+    `recipe` makes the modifiers from the arguments that describe the stored weights.
     """
     _checkpoint.refuse_quantized(source)
     stored = weights(cell.bits, cell.method.options)
-    reason = refusal(source, stored)
-    if reason:
+    reason = _indivisible(source, stored.group_size)
+    if reason is not None:
         raise Unsupported(reason)
     tokenizer = _checkpoint.tokenizer(source, cell.model)
     drawn = calibration.draw(cell.calibration, tokenizer, cell.seed) if cell.calibration else None
-    with _quiet():
-        model = _checkpoint.load_16bit(source, cell.model)
-        modifiers = _oneshot(model, tokenizer, recipe(_arguments(stored)), drawn)
-        model.save_pretrained(out, save_compressed=True)
+    _configure_log()
+    model = _checkpoint.load_16bit(source, cell.model)
+    _oneshot(model, tokenizer, recipe(_arguments(stored)), drawn)
+    model.save_pretrained(out, save_compressed=True)
     _checkpoint.copy_tokenizer(source, out)
     ids = _checkpoint.probe(source, cell)
     return Built(
         probe=ids,
         reference=_checkpoint.logits(model, ids),
-        module_methods=dict.fromkeys(fallbacks(modifiers), "rtn"),
         calibration=drawn.summary if drawn else None,
     )
 
@@ -142,16 +159,12 @@ def _arguments(stored: Weights) -> dict[str, Any]:
 
 def _oneshot(
     model: Any, tokenizer: Any, recipe: list[Any], drawn: calibration.Drawn | None
-) -> Sequence[Any]:
-    """Apply the recipe; returns the modifiers that ran (llmcompressor copies those it is given)."""
+) -> None:
     from llmcompressor import oneshot
-    from llmcompressor.core import active_session
 
     batches = _batches(drawn.rows) if drawn else None
     with _without_pinning():
         oneshot(model=model, tokenizer=tokenizer, recipe=recipe, dataset=batches)
-    modifiers: Sequence[Any] = active_session().lifecycle.recipe.modifiers
-    return modifiers
 
 
 def _batches(rows: Sequence[Sequence[int]]) -> Any:
@@ -167,22 +180,12 @@ def _batches(rows: Sequence[Sequence[int]]) -> Any:
     )
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Warnings only, in the log of the stage; progress bars off."""
+def _configure_log() -> None:
+    """Warnings only, in the log of the stage."""
     from llmcompressor.logger import LoggerConfig, configure_logger
 
-    before = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    configure_logger(LoggerConfig(console_log_level="ERROR", metrics_disabled=True))
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = before
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # llmcompressor asks for it
+    configure_logger(LoggerConfig(console_log_level="WARNING"))
 
 
 @contextlib.contextmanager

@@ -27,12 +27,12 @@ class Options:
 def quantize(cell: Cell, source: Path, out: Path) -> Built:
     """Link the files of a 16-bit checkpoint into `out`; convert and save any other."""
     _checkpoint.refuse_quantized(source)
-    ids = _checkpoint.probe(source, cell)
-    model = _checkpoint.load_16bit(source, cell.model)
     if _checkpoint.is_16bit(source):
         for path in models.checkpoint_files(source):
             (out / path.name).symlink_to(path.resolve())
-    else:
-        model.save_pretrained(out)
-        _checkpoint.copy_tokenizer(source, out)
+        return Built()
+    model = _checkpoint.load_16bit(source, cell.model)
+    model.save_pretrained(out)
+    _checkpoint.copy_tokenizer(source, out)
+    ids = _checkpoint.probe(source, cell)
     return Built(probe=ids, reference=_checkpoint.logits(model, ids))

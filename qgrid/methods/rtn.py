@@ -9,7 +9,23 @@ from typing import Any
 
 from qgrid.contracts import Built
 from qgrid.methods import _llmcompressor as llmc
+from qgrid.methods._llmcompressor import (
+    linear_bits_per_weight,
+    option_bits,
+    refusal,
+    stored_bits,
+)
 from qgrid.types import Cell, MethodSupport
+
+__all__ = [
+    "SUPPORTS",
+    "Options",
+    "linear_bits_per_weight",
+    "option_bits",
+    "quantize",
+    "refusal",
+    "stored_bits",
+]
 
 BITS = (2, 3, 4, 8)
 SUPPORTS = MethodSupport(
@@ -28,21 +44,6 @@ class Options:
     group_size: int | None
     symmetric: bool
     scheme: str | None
-
-
-def option_bits(options: Mapping[str, Any]) -> int | None:
-    """The width that `scheme` implies, if any."""
-    return llmc.scheme_bits(options["scheme"])
-
-
-def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
-    """Stored bits of a large linear layer, scales and zero points included."""
-    return stored_bits(bits, options, 4096, 4096)
-
-
-def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:
-    """Stored bits per weight of one linear layer."""
-    return llmc.stored_bits(llmc.weights(bits, options), rows, columns)
 
 
 def quantize(cell: Cell, source: Path, out: Path) -> Built:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from qgrid.types import PlannedCell, Record
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+LOG_WIDTH = 160  # characters of a table that goes to a file
 
 __all__ = ["rewrite", "surprises", "terminal", "write"]
 
@@ -41,14 +44,14 @@ def terminal(planned: Sequence[PlannedCell], records: Sequence[Record], console:
     """Print the table, its notes and the surprises."""
     from rich.text import Text
 
-    from qgrid.report import terminal as screen
+    from qgrid.report import screen
 
     screen.show(sheet.build(planned, records), console)
     found = findings.surprises(planned, records)
     if found:
         console.print(Text("\nSurprises", style="bold"))
     for sentence in found:
-        console.print(Text(f"- {sentence}"))
+        console.print(Text(f"- {screen.line(sentence)}"))
 
 
 def rewrite(store: Path, name: str | None) -> int:
@@ -71,7 +74,8 @@ def rewrite(store: Path, name: str | None) -> int:
     planned = sweep.read_plan(folder / "plan.jsonl")
     found = list(records.read_all(store, planned).values())
     paths = write(folder, planned, found)
-    console = Console()
+    is_sized = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(width=None if is_sized else LOG_WIDTH)
     terminal(planned, found, console)
     for path in paths.values():
         console.print(str(path), soft_wrap=True, highlight=False, markup=False)

@@ -30,7 +30,9 @@ def labels(cells: Sequence[Cell]) -> list[dict[str, str]]:
     A label is the choice's name; choices of one name that differ carry the values that tell them
     apart (`gptq group_size=32`).
     """
-    columns = {axis: _labels([getattr(cell, axis) for cell in cells]) for axis in (*ALWAYS, *OTHERS)}
+    columns = {
+        axis: _labels([getattr(cell, axis) for cell in cells]) for axis in (*ALWAYS, *OTHERS)
+    }
     shown = [*ALWAYS, *(axis for axis in OTHERS if _varies(columns[axis]))]
     return [{axis: columns[axis][i] for axis in shown} for i in range(len(cells))]
 

@@ -83,9 +83,17 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def fallen(changes: Mapping[str, Measurement]) -> list[str]:
-    """Slices that fell: upper bound below 0, and p below 5 % after Holm over the cell's slices."""
-    p_values = {name: p for name, change in changes.items() if (p := p_value(change)) is not None}
+def fallen(changes: Mapping[str, Measurement], exact: Mapping[str, float]) -> list[str]:
+    """Slices that fell: upper bound below 0, and p below 5 % after Holm over the cell's slices.
+
+    `exact` holds one-sided McNemar p-values where they are known. The larger p counts, because
+    the flips of few items are not normal, and the exact test does not know of documents.
+    """
+    p_values = {
+        name: max(p, min(1.0, 2 * exact.get(name, 0.0)))
+        for name, change in changes.items()
+        if (p := p_value(change)) is not None
+    }
     adjusted = holm(p_values)
     return [name for name, p in adjusted.items() if p < LEVEL and _is_below_zero(changes[name])]
 

@@ -5,33 +5,47 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qgrid.report import compare, numbers, rows, sheet
+from qgrid.report import compare, numbers, rows
 from qgrid.report.rows import Row
 from qgrid.types import Measurement, PlannedCell, Record
 
 FINE_DROP = 0.01  # a mean that lost at most a point looks harmless
 TOO_GOOD = 0.01  # a gain whose lower bound is above a point is not believed
+HIGH_FLOOR = 0.01  # nats; computing in 16 bits costs a hundredth of that
 MASTERED = 0.98
+MOST_NAMES = 6
 SURPLUS_BITS, SURPLUS_SHARE = 1.0, 0.25  # stored above asked, whichever is larger
 SURPLUS_BYTES, SURPLUS_SIZE = 2 * numbers.MIB, 0.10
 
 
 def surprises(planned: Sequence[PlannedCell], records: Sequence[Record]) -> list[str]:
-    """Sentences about what is not as it should be, the gravest kinds first."""
+    """Sentences about what is not as it should be, the gravest kinds first.
+
+    What several cells share is said once.
+    """
     grouped = rows.groups(planned, records)
     measured = [row for group in grouped for row in group if row.record is not None]
-    per_row = (_fallen, _gains, _larger, _fallbacks, _failed_checks, _timing, _unpacked)
-    found = [sentence for find in per_row for row in measured for sentence in find(row)]
+    names: dict[str, list[str]] = {}
+    for find in (_fallen, _gains, _floor, _larger, _fallbacks, _failed_checks, _timing, _unpacked):
+        for row in measured:
+            for story in find(row):
+                names.setdefault(story, []).append(row.name)
+    found = [f"{_listed(cells)}: {story}" for story, cells in names.items()]
     for group in grouped:
         found += _rising_divergence(group)
         found += _uninformative(group[0])
     return list(dict.fromkeys(found))
 
 
+def _listed(names: Sequence[str]) -> str:
+    rest = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def _fallen(row: Row) -> Iterator[str]:
     """Slices whose paired change is below 0; a harmless mean is named beside them (P9)."""
     changes = row.changes
-    fallen = sorted(compare.fallen(changes), key=lambda name: changes[name].value)
+    fallen = sorted(row.fallen, key=lambda name: changes[name].value)
     if not fallen:
         return
     listed = ", ".join(f"`{name}` {_change(changes[name])}" for name in fallen)
@@ -41,7 +55,7 @@ def _fallen(row: Row) -> Iterator[str]:
     if mean is not None and len(changes) > len(fallen) and mean.value >= -FINE_DROP:
         tail = f", although the mean over {len(changes)} slices changed by only "
         tail += f"{numbers.points(mean.value)} points"
-    yield f"{row.name}: {several}: {listed}{tail}."
+    yield f"{several}: {listed}{tail}."
 
 
 def _change(change: Measurement) -> str:
@@ -57,11 +71,20 @@ def _gains(row: Row) -> Iterator[str]:
     for name, change in row.changes.items():
         interval = compare.bounds(change)
         if interval is not None and interval[0] > TOO_GOOD:
-            yield f"{row.name}: `{name}` gained {_change(change)}, which is implausible; check it."
+            yield f"`{name}` gained {_change(change)}, which is implausible; check it."
     ratio = row.get("ln_ppl_ratio")
     interval = compare.bounds(ratio) if ratio is not None and not row.is_baseline else None
     if interval is not None and interval[1] < -TOO_GOOD:
-        yield f"{row.name}: perplexity is better than the baseline's, which is implausible; check it."
+        yield "perplexity is better than the baseline's, which is implausible; check it."
+
+
+def _floor(row: Row) -> Iterator[str]:
+    floor = row.get("kld_floor")
+    if floor is not None and floor.value > HIGH_FLOOR:
+        yield (
+            f"computing in {row.planned.cell.runtime.speed_dtype} alone makes a KL divergence of "
+            f"{numbers.plain(floor.value)} nats, which is implausible; check it."
+        )
 
 
 def _larger(row: Row) -> Iterator[str]:
@@ -69,17 +92,16 @@ def _larger(row: Row) -> Iterator[str]:
     asked, stored = row.planned.cell.bits, row.get("linear_bits_per_weight")
     if stored is not None and stored.value - asked > max(SURPLUS_BITS, SURPLUS_SHARE * asked):
         yield (
-            f"{row.name}: the linears take {stored.value:.2f} bits per weight, more than the "
-            f"{asked} asked for."
+            f"the linears take {stored.value:.2f} bits per weight, more than the {asked} asked for."
         )
-    size, base = row.get("size_on_disk_bytes"), rows.find(row.baseline, "size_on_disk_bytes", None)
+    size, base = row.get("size_on_disk_bytes"), row.baseline.get(("size_on_disk_bytes", None))
     if size is None:
         return
     if base is not None and asked < 16 and size.value >= base.value:
-        yield f"{row.name}: takes {_mib(size.value)} on disk, no less than the baseline's {_mib(base.value)}."
+        yield (f"takes {_mib(size.value)} on disk, no less than the baseline's {_mib(base.value)}.")
     planned = row.planned.predicted.get("weight_bytes")
     if planned is not None and size.value - planned > max(SURPLUS_BYTES, SURPLUS_SIZE * planned):
-        yield f"{row.name}: takes {_mib(size.value)} on disk, {_mib(planned)} were planned."
+        yield f"takes {_mib(size.value)} on disk, {_mib(planned)} were planned."
 
 
 def _mib(value: float) -> str:
@@ -95,7 +117,7 @@ def _fallbacks(row: Row) -> Iterator[str]:
     if strangers and asked in made:
         listed = ", ".join(f"{count} by `{name}`" for name, count in strangers.items())
         total = sum(made.values())
-        yield f"{row.name}: not all {total} linears were made by `{asked}`: {listed}."
+        yield f"not all {total} linears were made by `{asked}`: {listed}."
 
 
 def module_methods(artifact: Mapping[str, Any]) -> dict[str, int]:
@@ -119,9 +141,7 @@ def _failed_checks(row: Row) -> Iterator[str]:
     """Checks that failed without ending the cell."""
     for check in row.record.checks if row.record is not None else ():
         if not check.ok and not check.fatal:
-            yield (
-                f"{row.name}: check `{check.name}` expected {check.expected}, found {check.actual}."
-            )
+            yield (f"check `{check.name}` expected {check.expected}, found {check.actual}.")
 
 
 def _timing(row: Row) -> Iterator[str]:
@@ -135,14 +155,14 @@ def _timing(row: Row) -> Iterator[str]:
             f"{100 * spread.value:.0f} % at batch {rows.concurrency(part)}"
             for part, spread in unstable
         )
-        yield f"{row.name}: the timing is unstable, its repeats vary by {listed}."
+        yield f"the timing is unstable, its repeats vary by {listed}."
 
 
 def _unpacked(row: Row) -> Iterator[str]:
     if row.is_decompressed:
         yield (
-            f"{row.name}: `{row.planned.cell.runtime.name}` unpacks the weights ("
-            f"{sheet.unpacking(row)}), so it saves disk, but neither memory nor time."
+            f"`{row.planned.cell.runtime.name}` unpacks the weights ("
+            f"{row.unpacking}), so it saves disk, but neither memory nor time."
         )
 
 
@@ -158,8 +178,8 @@ def _rising_divergence(group: Sequence[Row]) -> Iterator[str]:
         before = None if fewer is None else fewer.get("kld_mean")
         if fewer is not None and before is not None and _clearly_above(now, before):
             yield (
-                f"{row.name}: its KL divergence ({numbers.plain(now.value)} nats) is larger than at "
-                f"{fewer.planned.cell.bits} bits ({numbers.plain(before.value)})."
+                f"{row.name}: its KL divergence ({numbers.plain(now.value)} nats) is larger "
+                f"than at {fewer.planned.cell.bits} bits ({numbers.plain(before.value)})."
             )
         last[others] = row
 
@@ -172,21 +192,35 @@ def _clearly_above(value: Measurement, other: Measurement) -> bool:
 
 
 def _uninformative(row: Row) -> Iterator[str]:
-    """Slices on which no quantization can show: mastered, or at chance."""
+    """Slices on which no quantization can show: mastered, or no better than guessing."""
     if not row.is_baseline:
         return
-    chance = _mapping(row.observed("chance"))
     for name in rows.slices([row]):
         accuracy = row.get("accuracy", name)
         if accuracy is None:
             continue
         interval = compare.bounds(accuracy)
-        guess = chance.get(name)
         share = numbers.percent(accuracy.value)
         if accuracy.value > MASTERED:
-            yield f"`{name}` is uninformative: {row.name} answers {share} right, so it can hardly fall."
-        elif isinstance(guess, (int, float)) and interval is not None and interval[0] <= guess:
-            yield (
-                f"`{name}` is uninformative: {row.name} answers {share} right, and guessing gives "
-                f"{numbers.percent(guess)}."
-            )
+            story = f"{share} right, so it can hardly fall"
+        elif interval is not None and interval[0] <= (guess := _chance(row, name)):
+            story = f"{share} right, which {accuracy.n or 'its'} items do not tell from guessing"
+            story += f" ({numbers.percent(guess)})"
+        else:
+            continue
+        yield f"`{name}` is uninformative: {row.name} answers {story}."
+
+
+def _chance(row: Row, name: str) -> float:
+    """Expected accuracy of guessing; 0 where replies are free or the slice's file is gone."""
+    from qgrid import codec
+    from qgrid.measure import slices
+
+    wanted = row.planned.cell.slices.items[name]
+    if wanted.scoring != "choice":
+        return 0.0
+    try:
+        items = slices.load(name, wanted, row.planned.cell.seed)
+    except (OSError, ValueError, codec.InvalidValue):
+        return 0.0
+    return sum(1 / len(item.choices) for item in items) / len(items)

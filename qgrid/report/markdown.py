@@ -16,7 +16,7 @@ def render(name: str, sheet: Sheet, surprises: Sequence[str]) -> str:
     rules = ["---:" if column.is_number else ":---" for column in sheet.columns]
     lines = [f"# {escape(name)}", ""]
     for group in sheet.groups:
-        texts = [[escape(text.text) for text in row] for row in group]
+        texts = [[escape(text.whole) for text in row] for row in group]
         lines += [_row(heads), _row(rules), *map(_row, texts), ""]
     lines += [f"{escape(mark)} {escape(sentence)}  " for mark, sentence in sheet.notes]
     if surprises:
@@ -26,7 +26,8 @@ def render(name: str, sheet: Sheet, surprises: Sequence[str]) -> str:
 
 def escape(text: str) -> str:
     """Text on one line that Markdown and HTML show as it is."""
-    return _SPECIAL.sub(r"\\\1", " ".join(text.split())).replace("\\<", "&lt;").replace("\\>", "&gt;")
+    line = _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+    return line.replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 
 def _row(texts: Sequence[str]) -> str:

@@ -20,8 +20,9 @@ def plain(value: float) -> str:
 
 
 def points(share: float) -> str:
-    """A change of a share as signed points: -6.2."""
-    return f"{100 * share:+.1f}"
+    """A change of a share as signed points: -6.2; a zero has no sign."""
+    text = f"{100 * share:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text
 
 
 def percent(share: float) -> str:
@@ -30,8 +31,8 @@ def percent(share: float) -> str:
 
 
 def plus_minus(half: float | None) -> str:
-    """Half an interval of a share, in points: ` ±2.1`; nothing where it is unknown."""
-    return "" if half is None else f" ±{100 * half:.1f}"
+    """Half an interval of a share, in points: `±2.1`; nothing where it is unknown."""
+    return "" if half is None else f"±{100 * half:.1f}"
 
 
 def byte_unit(values: Sequence[float]) -> tuple[str, float]:

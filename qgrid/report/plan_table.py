@@ -20,7 +20,7 @@ COLUMNS: dict[str, Callable[[PlannedCell], str]] = {
     "workload": lambda p: p.cell.workload.name,
     "seed": lambda p: str(p.cell.seed),
     "GiB": lambda p: _gib(p.predicted.get("total_bytes")),
-    "will": lambda p: _will(p),
+    "will": lambda p: _will(p),  # noqa: PLW0108 - defined below
 }
 ALWAYS = ("cell", "method", "bits", "will")
 

@@ -11,16 +11,18 @@ from qgrid.types import Measurement, PlannedCell, Record
 
 NOT_RUN = "not run"
 UNSTABLE_CV = 0.05
+Measured = Mapping[tuple[str, str | None], Measurement]  # by metric and part
 
 
 @dataclass(frozen=True)
 class Row:
-    """A cell of the sweep; `baseline` is the record it compares with, where there is one."""
+    """A cell of the sweep. `baseline` holds the measurements of the cell it compares with."""
 
     planned: PlannedCell
     record: Record | None
-    baseline: Record | None
     labels: Mapping[str, str]
+    measured: Measured
+    baseline: Measured
 
     @property
     def status(self) -> str:
@@ -56,13 +58,13 @@ class Row:
 
     def get(self, metric: str, part: str | None = None) -> Measurement | None:
         """The measurement of a metric; `part` is a slice or `concurrency=N`."""
-        return find(self.record, metric, part)
+        return self.measured.get((metric, part))
 
     def ratio(self, metric: str, part: str) -> compare.Ratio | None:
         """This cell over its baseline; None where a gain must not be claimed or is unknown."""
         if self.is_baseline or self.is_decompressed:
             return None
-        return compare.ratio(self.get(metric, part), find(self.baseline, metric, part))
+        return compare.ratio(self.get(metric, part), self.baseline.get((metric, part)))
 
     def is_unstable(self, part: str) -> bool:
         """Whether repeats of a timing scatter by more than 5 %."""
@@ -77,9 +79,22 @@ class Row:
         return {name: change for name, change in found if change is not None}
 
     @property
+    def fallen(self) -> list[str]:
+        """Slices that fell against the baseline, multiplicity corrected."""
+        changes = self.changes
+        exact = ((name, self.get("mcnemar_p", name)) for name in changes)
+        return compare.fallen(changes, {name: p.value for name, p in exact if p is not None})
+
+    @property
     def is_decompressed(self) -> bool:
         """Whether the runtime unpacked the stored weights into another format to compute."""
         return self.observed("decompressed") is True
+
+    @property
+    def unpacking(self) -> str:
+        """What a runtime that unpacks does, from what it was seen to do."""
+        stored, computed = self.observed("stores_in"), self.observed("computes_in")
+        return f"stores {_formats(stored)}, computes in {_formats(computed)}"
 
     def observed(self, key: str) -> Any:
         """What a stage saw of the engine; the speed stage's word counts first."""
@@ -93,12 +108,11 @@ class Row:
         return seen.get(key)
 
 
-def find(record: Record | None, metric: str, part: str | None) -> Measurement | None:
-    """The measurement of a metric and part in a record."""
-    if record is None:
-        return None
-    wanted = (m for m in record.measurements if m.metric == metric and m.slice == part)
-    return next(wanted, None)
+def _formats(seen: object) -> str:
+    """`{"int4": 28, "bfloat16": 1}` as `28 x int4, 1 x bfloat16`."""
+    if isinstance(seen, Mapping):
+        return ", ".join(f"{count} x {name}" for name, count in seen.items())
+    return "an unknown format" if seen is None else str(seen)
 
 
 def groups(planned: Sequence[PlannedCell], records: Sequence[Record]) -> list[list[Row]]:
@@ -107,12 +121,16 @@ def groups(planned: Sequence[PlannedCell], records: Sequence[Record]) -> list[li
     Within a group the methods keep the order of the plan, wider weights first.
     """
     by_id = {record.cell_id: record for record in records}
+    measured: dict[str | None, Measured] = {
+        record.cell_id: {(m.metric, m.slice): m for m in record.measurements} for record in records
+    }
     labels = axes.labels([each.cell for each in planned])
     found: dict[str, list[Row]] = {}
     for each, names in zip(planned, labels, strict=True):
         key = each.cell_id if each.baseline_cell_id is None else each.baseline_cell_id
-        base = None if each.baseline_cell_id is None else by_id.get(each.baseline_cell_id)
-        found.setdefault(key, []).append(Row(each, by_id.get(each.cell_id), base, names))
+        own, base = measured.get(each.cell_id, {}), measured.get(each.baseline_cell_id, {})
+        row = Row(each, by_id.get(each.cell_id), names, own, base)
+        found.setdefault(key, []).append(row)
     return [_ordered(rows) for rows in found.values()]
 
 
@@ -139,11 +157,10 @@ def slices(rows: Sequence[Row]) -> list[str]:
 def loads(rows: Sequence[Row], metric: str) -> list[str]:
     """The loads (`concurrency=1`, …) that a metric was measured at, smallest first."""
     parts = {
-        m.slice
+        part
         for row in rows
-        if row.record is not None
-        for m in row.record.measurements
-        if m.metric == metric and m.slice is not None and concurrency(m.slice) is not None
+        for name, part in row.measured
+        if name == metric and part is not None and concurrency(part) is not None
     }
     return sorted(parts, key=lambda part: concurrency(part) or 0)
 

@@ -13,17 +13,27 @@ from qgrid.types import Measurement, PlannedCell, Record
 
 Section = Literal["", "size", "speed", "quality"]
 Tone = Literal["", "fell", "faint", "bad"]
-UNPACKED, UNSTABLE, FELL = "†", "~", "▼"
+UNPACKED, UNSTABLE, FELL, FLOOR = "†", "~", "▼", "floor"
 ALONE = "concurrency=1"
 
 
 @dataclass(frozen=True)
 class Text:
-    """What one place of the table says; `hint` is the whole story for a reader who points at it."""
+    """What one place of the table says.
+
+    `tail` qualifies the number (`±2.1`, `1.33x`) and is aligned on its own; `hint` is the whole
+    story for a reader who points at it.
+    """
 
     text: str
     tone: Tone = ""
     hint: str = ""
+    tail: str = ""
+
+    @property
+    def whole(self) -> str:
+        """Number and tail."""
+        return f"{self.text} {self.tail}" if self.tail else self.text
 
 
 @dataclass(frozen=True)
@@ -63,16 +73,14 @@ def build(planned: Sequence[PlannedCell], records: Sequence[Record]) -> Sheet:
         tuple(tuple(column.of(row) for column in columns) for row in group) for group in grouped
     )
     used = [
-        row[i].text
+        row[i].whole
         for group in texts
         for row in group
         for i, column in enumerate(columns)
         if column.section
     ]
     signs = [
-        (mark, sentence)
-        for mark, sentence in _LEGEND.items()
-        if any(mark in text for text in used)
+        (mark, sentence) for mark, sentence in _LEGEND.items() if any(mark in text for text in used)
     ]
     listed = [(f"[{number}]", note) for note, number in numbered.items()]
     return Sheet(columns, texts, tuple(signs + listed), tuple(every))
@@ -84,7 +92,8 @@ _LEGEND = {
     UNSTABLE: "unstable: repeats of this timing vary by more than 5 %",
     FELL: "fell: the whole 95 % interval is below 0, also after Holm's correction over the slices "
     "of the cell",
-    "±": "half the 95 % interval, in points; changes are paired with the baseline on the same items",
+    FLOOR: "KL divergence that computing in the speed dtype alone makes, weights unchanged",
+    "±": "half the 95 % interval, in points; changes are paired with the baseline item by item",
     "x": "over the baseline; printed only where the 95 % interval of the ratio excludes 1",
 }
 
@@ -160,17 +169,18 @@ def _speed(metric: str, part: str) -> Callable[[Row], Text]:
         unstable = UNSTABLE if row.is_unstable(part) else ""
         unpacked = UNPACKED if row.is_decompressed else ""
         gain = row.ratio(metric, part)
-        claim = f" {gain.value:.2f}x" if gain is not None and gain.is_claimed else ""
+        claim = f"{gain.value:.2f}x" if gain is not None and gain.is_claimed else ""
         hint = _hint(measured)
         if gain is not None:
             hint += f"; {gain.value:.3f}x the baseline ({gain.low:.3f} to {gain.high:.3f})"
-        return Text(f"{unstable}{numbers.plain(measured.value)}{unpacked}{claim}", hint=hint)
+        text = f"{unstable}{numbers.plain(measured.value)}{unpacked}"
+        return Text(text, hint=hint, tail=claim)
 
     return of
 
 
 def _qualities(every: Sequence[Row]) -> list[Column]:
-    fell = {row.planned.cell_id: compare.fallen(row.changes) for row in every}
+    fell = {row.planned.cell_id: row.fallen for row in every}
     scores = [
         Column(
             "quality",
@@ -183,10 +193,26 @@ def _qualities(every: Sequence[Row]) -> list[Column]:
     ]
     return [
         *_plain(every, "quality", "ppl", ("ppl",)),
-        *_plain(every, "quality", "kld_mean", ("KLD", "nats")),
+        *_divergence(every),
         *_same_top(every),
         *scores,
     ]
+
+
+def _divergence(every: Sequence[Row]) -> list[Column]:
+    """KL divergence; of a baseline the noise floor that its compute dtype alone makes."""
+
+    def of(row: Row) -> Text:
+        measured, floor = row.get("kld_mean"), row.get("kld_floor")
+        if measured is not None:
+            return Text(_number(measured), hint=_hint(measured))
+        if floor is not None:
+            return Text(_number(floor), "faint", _hint(floor), tail=FLOOR)
+        return _nothing(row)
+
+    title = METRICS["kld_mean"].definition
+    shown = _any(every, "kld_mean") or _any(every, "kld_floor")
+    return [Column("quality", ("KLD", "nats"), title, of)] if shown else []
 
 
 def _same_top(every: Sequence[Row]) -> list[Column]:
@@ -207,11 +233,12 @@ def _score(name: str, fell: dict[str, list[str]]) -> Callable[[Row], Text]:
             if accuracy is None:
                 return _nothing(row)
             half = numbers.plus_minus(compare.half_width(accuracy))
-            return Text(numbers.percent(accuracy.value) + half, hint=_hint(accuracy))
-        text = numbers.points(change.value) + numbers.plus_minus(compare.half_width(change))
+            return Text(numbers.percent(accuracy.value), hint=_hint(accuracy), tail=half)
+        half = numbers.plus_minus(compare.half_width(change))
         hint = _hint(change) + (f"; accuracy {accuracy.value:.4f}" if accuracy else "")
         has_fallen = name in fell[row.planned.cell_id]
-        return Text(text + (FELL if has_fallen else ""), "fell" if has_fallen else "", hint)
+        tone: Tone = "fell" if has_fallen else ""
+        return Text(numbers.points(change.value), tone, hint, half + (FELL if has_fallen else ""))
 
     return of
 
@@ -238,21 +265,8 @@ def _notes(row: Row) -> list[str]:
     if row.reason is not None:
         notes.insert(0, row.reason)
     if row.is_decompressed:
-        notes.append(unpacking(row))
+        notes.append(row.unpacking)
     return notes
-
-
-def unpacking(row: Row) -> str:
-    """What a runtime that unpacks does, from what it was seen to do."""
-    stored, computed = _formats(row.observed("stores_in")), _formats(row.observed("computes_in"))
-    return f"stores {stored}, computes in {computed}"
-
-
-def _formats(seen: object) -> str:
-    """`{"int4": 28, "bfloat16": 1}` as `28 x int4, 1 x bfloat16`."""
-    if isinstance(seen, dict):
-        return ", ".join(f"{count} x {name}" for name, count in seen.items())
-    return "an unknown format" if seen is None else str(seen)
 
 
 def _any(every: Sequence[Row], metric: str, part: str | None = None) -> bool:

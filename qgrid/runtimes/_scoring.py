@@ -7,13 +7,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qgrid.contracts import Scores
-from qgrid.runtimes._batches import Family, Request, batches, families, within_rows
+from qgrid.runtimes._batches import (
+    Family,
+    Request,
+    batches,
+    common_length,
+    families,
+    within_rows,
+)
 
 if TYPE_CHECKING:
     import torch
 
 CHUNK_ROWS = 512  # the contract: no more rows in one `Scores`
-PREFILL_TOKENS = 2048
+PREFILL_TOKENS = 4096
+MIN_PREFIX = 64  # a shorter beginning is not worth a forward pass of its own
 GROUP_BYTES = 256 * 2**20  # log-probabilities that wait for their turn
 
 
@@ -67,6 +75,25 @@ class Scorer:
             else:
                 for part in within_rows(group, self._max_rows):
                     yield from self._short(part, root, len(lead))
+
+    def prompt(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Padded prompts as `model.generate` takes them; a long common beginning is read once."""
+        import torch
+
+        ordered = sorted(tuple(prompt) for prompt in prompts)
+        shared = common_length(ordered[0], ordered[-1])  # these two differ earliest
+        head = ordered[0][: min(shared, min(map(len, ordered)) - 1)]
+        if not self._shares or len(prompts) < 2 or len(head) < MIN_PREFIX:
+            ids, mask = padded(prompts, self._pad, self._device)
+            return {"input_ids": ids, "attention_mask": mask}
+        context = self._spread(self._read(head), [0] * len(prompts))
+        ids, mask = padded([prompt[len(head) :] for prompt in prompts], self._pad, self._device)
+        lead = torch.tensor([head] * len(prompts), device=self._device)
+        return {
+            "input_ids": torch.cat([lead, ids], 1),
+            "attention_mask": torch.cat([context.mask, mask], 1),
+            "past_key_values": context.cache,
+        }
 
     def _read(self, ids: Sequence[int]) -> Context:
         """Prefill one sequence in pieces."""

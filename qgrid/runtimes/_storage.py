@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ def linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The linear layers by name, the output head left out."""
     import torch
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = cast(Any, model).get_output_embeddings()
     return {
         name: module
         for name, module in model.named_modules()
@@ -34,8 +34,13 @@ def linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     }
 
 
-def stored(module: torch.nn.Module) -> Stored:
-    """How the layer's weight is held now. Ask before the first forward pass unpacks it."""
+def stored(module: torch.nn.Module, plain: str | None = None) -> Stored:
+    """How the layer's weight is held now. Ask before the first forward pass unpacks it.
+
+    `plain` names the dtype of an unquantized weight in the file, when loading has cast it.
+    """
+    import torch
+
     kind = type(module).__name__
     weight = getattr(module, "weight", None)
     if kind == "Linear4bit":
@@ -48,7 +53,8 @@ def stored(module: torch.nn.Module) -> Stored:
         return Stored(str(layout), int(scheme.weights.num_bits))
     if weight is None:
         return Stored(kind, 0)
-    return Stored(str(weight.dtype).removeprefix("torch."), 8 * weight.element_size())
+    dtype = plain if plain and _is_plain(module) else str(weight.dtype).removeprefix("torch.")
+    return Stored(dtype, 8 * getattr(torch, dtype).itemsize)
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
@@ -57,9 +63,9 @@ def _is_plain(module: torch.nn.Module) -> bool:
     return weight is not None and weight.is_floating_point() and weight.element_size() > 1
 
 
-def histogram(model: torch.nn.Module) -> Counter[Stored]:
-    """How many linears are stored in which way."""
-    return Counter(stored(module) for module in linears(model).values())
+def histogram(model: torch.nn.Module, plain: str | None = None) -> Counter[Stored]:
+    """How many linears are stored in which way; `plain` as in `stored`."""
+    return Counter(stored(module, plain) for module in linears(model).values())
 
 
 def classes(model: torch.nn.Module) -> dict[str, int]:

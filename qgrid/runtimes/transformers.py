@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qgrid.contracts import Generation, InvalidEngine, Memory, Scores
 from qgrid.runtimes import _storage
-from qgrid.runtimes._scoring import Scorer, padded
+from qgrid.runtimes._scoring import Scorer
 from qgrid.types import RuntimeSupport
 
 if TYPE_CHECKING:
@@ -77,16 +79,15 @@ class Transformers:
         )
         clock = _Clock(self._synchronize)
         begin = time.perf_counter()
-        ids, mask = padded(prompts, self._pad, self._device)
+        prompt = self._scorer.prompt(prompts)
         with torch.inference_mode():
             output = self._model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+                **prompt,
                 generation_config=settings,
                 stopping_criteria=StoppingCriteriaList([clock]),
             )
         seconds = [moment - begin for moment in clock.moments]
-        rows = output[:, ids.shape[1] :].tolist()
+        rows = output[:, prompt["input_ids"].shape[1] :].tolist()
         return [_until(row, seconds, frozenset(stop)) for row in rows]
 
     def memory(self) -> Memory:
@@ -108,7 +109,7 @@ class Transformers:
             "kernels": dict(self.kernels()),
             "stores_in": {each.format: count for each, count in self._arrived.items()},
             "computes_in": {each.format: count for each, count in now.items()},
-            "decompressed": dict(now) != dict(self._arrived),
+            "decompressed": _narrowest(now) > _narrowest(self._arrived) < 16,
             "resident_dtypes": _storage.dtypes(self._model),
             "compute_dtype": self._dtype,
             "kv_dtype": self._kv_dtype,
@@ -144,6 +145,7 @@ def load(artifact: Path, cell: Cell, dtype: str) -> Transformers:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     options = Options(**cell.runtime.options)
+    _quiet()
     _require_device(cell)
     if cell.gpu.kind == "cpu":
         torch.set_num_threads(_threads(cell.runtime.threads))
@@ -157,7 +159,7 @@ def load(artifact: Path, cell: Cell, dtype: str) -> Transformers:
         local_files_only=True,
     ).eval()
     model.generation_config = GenerationConfig()  # greedy, and nothing that the checkpoint adds
-    arrived = _storage.histogram(model)
+    arrived = _storage.histogram(model, _checkpoint_dtype(artifact))
     require_storage(arrived, cell)
     _compute_in(model, dtype)
     return Transformers(model, dtype, arrived, options)
@@ -180,6 +182,26 @@ def require_storage(arrived: Mapping[_storage.Stored, int], cell: Cell) -> None:
         )
 
 
+def _narrowest(found: Mapping[_storage.Stored, int]) -> int:
+    return min(each.bits for each in found)
+
+
+def _checkpoint_dtype(artifact: Path) -> str | None:
+    """The dtype in which the files hold what is not quantized."""
+    config = json.loads((artifact / "config.json").read_text())
+    config = config.get("text_config", config)
+    named = config.get("dtype", config.get("torch_dtype"))
+    return None if named is None else str(named)
+
+
+def _quiet() -> None:
+    """Silence what libraries print at every load or at every layer of every forward pass."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
 def _require_device(cell: Cell) -> None:
     import torch
 
@@ -195,6 +217,7 @@ def _compute_in(model: Any, dtype: str) -> None:
     """
     import torch
 
+    module: Any
     for module in _storage.linears(model).values():
         if type(module).__name__ == "Linear4bit":
             module.compute_dtype = getattr(torch, dtype)

@@ -36,5 +36,6 @@ class GridSweeper(Sweeper):
         """Plan the grid of `arguments` and launch it (or print it, for `qgrid plan`)."""
         assert self.config is not None
         assert self.hydra_context is not None
+        assert self.launcher is not None
         compose = config.composer(self.hydra_context.config_loader, self.config)
         return sweep.run(compose, self.params, arguments, self.launcher)

@@ -1,0 +1,158 @@
+"""One build of an artifact: quantize, check what was written, describe it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qgrid import inspection, registry, verification
+from qgrid.files import HashCache, sha256
+from qgrid.fingerprint import fingerprint
+from qgrid.types import Cell, Check, Manifest, PlannedCell
+
+if TYPE_CHECKING:
+    from qgrid.contracts import Built
+
+# Largest difference of logits, as a share of the largest logit. Every method here reloads to the
+# same bits on a CPU; on a GPU the model in memory and the reload may meet other kernels in bf16.
+_RELOAD_TOLERANCE = {"cpu": 1e-6, "cuda": 2e-2}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One build under way."""
+
+    planned: PlannedCell
+    source: Path  # the base model
+    folder: Path  # aside
+    cache: HashCache
+    seconds: dict[str, float]
+
+    @property
+    def cell(self) -> Cell:
+        """The cell whose artifact it is."""
+        return self.planned.cell
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Note the block's seconds under `phase`."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - begin
+
+
+def made(work: Work) -> Manifest:
+    """Quantize, check what was written, describe it; seconds and memory are the caller's.
+
+    Raises:
+        BadArtifact: what was written fails a fatal check.
+    """
+    cell, folder = work.cell, work.folder
+    method = registry.method(cell.method.name)
+    with work.timed("quantize"):
+        built = method.quantize(cell, work.source, folder)
+    with work.timed("verify"):
+        described = _described(work, built)
+    with work.timed("hash"):
+        names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        hashes = {name: _hash(folder / name, work.cache) for name in names}
+    return replace(
+        described,
+        files=hashes,
+        sizes={name: (folder / name).stat().st_size for name in names},
+        calibration=built.calibration,
+        versions=verification.versions(method.SUPPORTS),
+    )
+
+
+def _hash(path: Path, cache: HashCache) -> str:
+    """A linked file of the base model may be remembered, one of ours is new."""
+    return cache.sha256(path) if path.is_symlink() else sha256(path)
+
+
+def _described(work: Work, built: Built) -> Manifest:
+    """The manifest of what was written, once every fatal check holds.
+
+    Raises:
+        BadArtifact: a fatal check fails.
+    """
+    what = f"artifact `{work.planned.artifact_id}` of method `{work.cell.method.name}`"
+    whole = verification.check_whole(work.folder)
+    verification.require([whole], what)
+    contents = _contents(work, built)
+    tokenizer = fingerprint(work.folder)
+    checks = [
+        whole,
+        verification.check_bits(contents, work.cell),
+        verification.check_coverage(contents, work.cell),
+        verification.check_method(contents, work.cell),
+        verification.check_tokenizer(tokenizer, fingerprint(work.source)),
+        verification.check_finite(work.folder),
+    ]
+    if all(check.ok for check in checks if check.fatal):  # a bad folder may not even load
+        checks.append(_check_reload(work, built))
+    checks.append(verification.check_environment(registry.method(work.cell.method.name).SUPPORTS))
+    verification.require(checks, what)
+    return _manifest(work, contents, tokenizer, checks)
+
+
+def _contents(work: Work, built: Built) -> inspection.Contents:
+    """What the folder holds, with what really quantized each layer."""
+    contents = inspection.inspect(work.folder, work.source, work.cell.method.name)
+    named = built.module_methods or {}
+    modules = {
+        name: state
+        if state.method == "none"
+        else replace(state, method=named.get(name, state.method))
+        for name, state in contents.modules.items()
+    }
+    return replace(contents, modules=modules)
+
+
+def _check_reload(work: Work, built: Built) -> Check:
+    """A fresh load of the folder computes what the model in memory computed."""
+    if built.reference is None:
+        linked = all(path.is_symlink() for path in inspection.weight_files(work.folder))
+        told = "the base model's own files" if linked else "the method gave no reference"
+        return Check("reload", linked, "the logits of the model in memory", told, fatal=False)
+    from qgrid.methods import _checkpoint
+
+    again = _checkpoint.logits(_checkpoint.reload(work.folder, work.cell), built.probe)
+    apart = float((again - built.reference).abs().max())
+    largest = float(built.reference.abs().max())
+    allowed = _RELOAD_TOLERANCE[work.cell.gpu.kind] * largest
+    ok = apart <= allowed  # false for NaN too
+    goal = f"logits at most {allowed:.2g} from the model in memory (largest {largest:.4g})"
+    return Check("reload", ok, goal, f"{apart:.3g} apart")
+
+
+def _manifest(
+    work: Work,
+    contents: inspection.Contents,
+    tokenizer: Mapping[str, str],
+    checks: Sequence[Check],
+) -> Manifest:
+    return Manifest(
+        artifact_id=work.planned.artifact_id,
+        model=work.cell.model,
+        method=work.cell.method,
+        bits=work.cell.bits,
+        format=contents.format,
+        files={},
+        sizes={},
+        modules=contents.modules,
+        dtypes=contents.dtypes,
+        num_parameters=contents.num_parameters,
+        bits_per_weight=contents.bits_per_weight,
+        linear_bits_per_weight=contents.linear_bits_per_weight,
+        tokenizer=tokenizer,
+        versions={},
+        calibration=None,
+        checks=tuple(checks),
+        seconds=0.0,
+        peak_memory_bytes=None,
+    )

@@ -1,0 +1,32 @@
+"""What `nf4` and `int8` share: quantize while loading, save before the first forward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qgrid.contracts import Built
+from qgrid.methods import _checkpoint
+from qgrid.types import Cell
+
+PACKAGES = ("bitsandbytes", "torch", "transformers")
+_KEPT = ["lm_head"]
+
+
+def quantize(cell: Cell, source: Path, out: Path, settings: dict[str, Any]) -> Built:
+    """Load `source` through a `BitsAndBytesConfig` of `settings` and write it into `out`.
+
+    The checkpoint is saved at once: on a CPU the first forward pass repacks the weights, and a
+    later save would silently write other numbers.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    _checkpoint.refuse_quantized(source)
+    config = BitsAndBytesConfig(**settings, llm_int8_skip_modules=_KEPT)
+    place = {"": 0} if torch.cuda.is_available() else {"": "cpu"}
+    model = _checkpoint.load_16bit(source, cell.model, quantization_config=config, device_map=place)
+    model.save_pretrained(out)
+    _checkpoint.copy_tokenizer(source, out)
+    ids = _checkpoint.probe(source, cell)
+    return Built(probe=ids, reference=_checkpoint.logits(model, ids))

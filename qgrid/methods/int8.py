@@ -1,0 +1,44 @@
+"""LLM.int8: eight-bit rows; activation columns beyond a threshold are multiplied at 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qgrid.contracts import Built
+from qgrid.methods import _bitsandbytes as bnb
+from qgrid.types import Cell, MethodSupport
+
+SUPPORTS = MethodSupport(
+    bits=(8,),
+    default_bits=8,
+    produces={8: "bitsandbytes-int8"},
+    packages=bnb.PACKAGES,
+    calibrated=False,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """`threshold`: an activation beyond it sends its column through the 16-bit path."""
+
+    threshold: float
+
+
+def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
+    """Stored bits of a large linear layer, scales included."""
+    return stored_bits(bits, options, 4096, 4096)
+
+
+def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:
+    """Stored bits per weight of one linear layer: codes, an fp32 scale a row, a format byte."""
+    return bits + (32 * rows + 8) / (rows * columns)
+
+
+def quantize(cell: Cell, source: Path, out: Path) -> Built:
+    """Write the 8-bit checkpoint of `source` into `out`."""
+    options = Options(**cell.method.options)
+    settings = {"load_in_8bit": True, "llm_int8_threshold": options.threshold}
+    return bnb.quantize(cell, source, out, settings)

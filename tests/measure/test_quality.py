@@ -1,0 +1,98 @@
+"""The quality stage as a whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qgrid import codec
+from qgrid.measure import compare, quality
+from qgrid.measure.loading import fit_together, num_parameters
+from qgrid.metrics import METRICS
+from qgrid.types import Cell, Job, Slices
+
+MakeJob = Callable[..., Job]
+
+
+def test_a_cell_and_its_baseline(
+    tiny_random: Path,
+    noisy: Path,
+    make_cell: Callable[..., Cell],
+    make_job: MakeJob,
+    slices: Slices,
+) -> None:
+    cell = make_cell(slices=slices)
+    base_job = make_job("quality", cell, tiny_random, tiny_random)
+    cell_job = make_job("quality", cell, noisy, tiny_random)
+    base, found = quality.measure(base_job), quality.measure(cell_job)
+    for result in (base, found):
+        codec.dumps(result)
+        for each in result.measurements:
+            assert each.unit == METRICS[each.metric].unit
+            assert each.low is None or each.high is None or each.low <= each.value <= each.high
+    metrics = {m.metric for m in found.measurements}
+    assert {"ppl", "kld_mean", "kld_p999", "same_top_p", "ln_ppl_ratio", "accuracy"} <= metrics
+    assert "kld_floor" not in metrics
+    assert {m.metric for m in base.measurements} == {
+        "ppl",
+        "kld_floor",
+        "accuracy",
+        "answer_logprob",
+    }
+
+    items = [_items(job) for job in (cell_job, base_job)]
+    assert [each["id"] for each in items[0]] == [each["id"] for each in items[1]]
+    assert {each["slice"] for each in items[0]} == set(slices.items)
+    accuracy = {m.slice: m.value for m in found.measurements if m.metric == "accuracy"}
+    before = {m.slice: m.value for m in base.measurements if m.metric == "accuracy"}
+    for change in compare.paired(*items):
+        if change.metric == "accuracy_delta":
+            assert abs(change.value - (accuracy[change.slice] - before[change.slice])) < 1e-12
+
+
+def test_the_same_stage_twice_gives_the_same_bytes(
+    tiny_random: Path,
+    noisy: Path,
+    make_cell: Callable[..., Cell],
+    make_job: MakeJob,
+    slices: Slices,
+) -> None:
+    job = make_job("quality", make_cell(slices=slices), noisy, tiny_random)
+    first, items = quality.measure(job), (Path(job.out) / "items.jsonl").read_bytes()
+    second = quality.measure(job)
+    assert first.measurements == second.measurements
+    assert items == (Path(job.out) / "items.jsonl").read_bytes()
+
+
+def test_slices_without_prose(
+    tiny_random: Path, make_cell: Callable[..., Cell], make_job: MakeJob, slices: Slices
+) -> None:
+    only = Slices("x", None, {"choice": slices.items["choice"]})
+    result = quality.measure(make_job("quality", make_cell(slices=only), tiny_random))
+    assert {m.metric for m in result.measurements} == {"accuracy", "answer_logprob"}
+
+
+def test_the_seed_changes_the_order(
+    tiny_random: Path, make_cell: Callable[..., Cell], make_job: MakeJob, slices: Slices
+) -> None:
+    only = Slices("x", None, {"choice": slices.items["choice"]})
+    orders = []
+    for seed in (0, 1):
+        job = make_job("quality", make_cell(slices=only, seed=seed), tiny_random)
+        quality.measure(job)
+        orders.append([each["id"] for each in _items(job)])
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+
+
+def test_what_fits_together(tiny_random: Path, make_cell: Callable[..., Cell]) -> None:
+    assert num_parameters(tiny_random) == 512 * 256 + 5 * 256 + 2 * (
+        256 * 256 * 2 + 128 * 256 * 2 + 3 * 256 * 512
+    )
+    assert fit_together(tiny_random, make_cell())
+
+
+def _items(job: Job) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(job.out) / "items.jsonl").read_text().splitlines()]

@@ -1,0 +1,476 @@
+"""The controller with real processes: what is skipped, what is run, how a sweep ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qgrid import assembly, codec, controller, device, pipeline, records
+from qgrid.controller import Sweep
+from qgrid.files import write_atomic
+from qgrid.progress import Progress
+from qgrid.types import Failure, PlannedCell, Record, Settings, Status
+from tests import faults
+
+RUN = "import sys; from qgrid import sweep; sys.exit(sweep.run_cells(sys.argv[1], sys.argv[2:]))"
+
+
+@pytest.fixture(autouse=True)
+def _plugins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    faults.install(monkeypatch)
+    monkeypatch.setattr("qgrid.files.machine_lock", lambda: tmp_path / "machine.lock")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that passes for a checkpoint until somebody loads it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder
+
+
+def light(model: Path, act: str, **changes: Any) -> PlannedCell:
+    return faults.planned(faults.cell(model, act, runtime="light", **changes))
+
+
+def run(cells: Sequence[PlannedCell], settings: Settings) -> tuple[int, list[str]]:
+    """Exit code and printed lines of a sweep."""
+    text = io.StringIO()
+    sweep = Sweep(cells, settings, faults.folder(Path(settings.out)), Progress(cells, text))
+    sweep.run()
+    return sweep.verdict(), text.getvalue().splitlines()
+
+
+def start(cells: Sequence[PlannedCell], settings: Settings) -> subprocess.Popen[str]:
+    """The same in a process of its own, the way a launcher starts it."""
+    folder = faults.folder(Path(settings.out))
+    write_atomic(folder / "settings.json", codec.dumps(settings))
+    write_atomic(folder / "plan.jsonl", "".join(f"{codec.dumps(cell)}\n" for cell in cells))
+    command = [sys.executable, "-c", RUN, str(folder / "plan.jsonl"), *(c.cell_id for c in cells)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def statuses(store: Path, cells: Sequence[PlannedCell]) -> list[str]:
+    return [record.status for record in records.read_all(store, cells).values()]
+
+
+def write_record(store: Path, planned: PlannedCell, status: Status, fingerprint: str) -> Record:
+    record = assembly.refused(planned, status, "because", {"fingerprint": fingerprint})
+    if status == "ok":
+        record = replace(record, error=None)
+    records.write(store, record)
+    return record
+
+
+# --- failures: each ends its own cell and nothing else -------------------------------------------
+
+
+def test_each_failure_is_its_cell_s_status_and_the_grid_goes_on(
+    tmp_path: Path, model: Path
+) -> None:
+    store = tmp_path / "store"
+    refused = replace(light(model, "work", outputs=9), status="unsupported", reason="no such width")
+    elsewhere = light(model, "work")
+    gpu = replace(elsewhere.cell.gpu, name="h100", kind="cuda", match="H100")
+    elsewhere = replace(elsewhere, cell=replace(elsewhere.cell, gpu=gpu), predicted={"gib": 4.0})
+    acts = ("abort", "hang", "allocate", "raise")
+    cells = [*(light(model, act) for act in acts), refused, elsewhere]
+
+    code, lines = run(cells, faults.settings(store, limit=3.0))
+
+    assert code == 1
+    assert statuses(store, cells) == [
+        "crashed", "timeout", "oom", "crashed", "unsupported", "wrong_device",
+    ]  # fmt: skip
+    record = records.read(store, elsewhere.cell_id)
+    assert record is not None
+    assert record.predicted == {"gib": 4.0}
+    assert record.measurements == ()
+    assert "this machine has" in str(record.error)
+    assert "no cell is ok" in lines
+    assert sum(line.startswith("crashed: ") for line in lines) == 2
+    assert any(line.startswith("timeout: ") and "limits.artifact" in line for line in lines)
+    assert not list((store / "artifacts").glob(".*"))
+    assert "hunter2" not in "".join(p.read_text() for p in store.rglob("*") if p.is_file())
+
+
+def test_an_artifact_that_failed_is_not_tried_again_by_the_next_cell(
+    tmp_path: Path, model: Path
+) -> None:
+    cells = [light(model, "raise", outputs=outputs) for outputs in (2, 3)]
+    run(cells, faults.settings(tmp_path / "store"))
+    assert statuses(tmp_path / "store", cells) == ["crashed", "crashed"]
+    assert len(list((tmp_path / "store" / "cells").glob("*/artifact/job.json"))) == 1
+
+
+def test_the_controller_s_own_fault_is_the_cell_s(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> bool:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("qgrid.artifacts.exists", broken)
+    cell = light(model, "work")
+    assert run([cell], faults.settings(tmp_path / "store"))[0] == 1
+    record = records.read(tmp_path / "store", cell.cell_id)
+    assert record is not None
+    assert record.status == "crashed"
+    assert "the disk is gone" in str(record.error)
+
+
+# --- interruption --------------------------------------------------------------------------------
+
+
+def hanging_pids(store: Path, cell: PlannedCell) -> list[int]:
+    log = store / "cells" / cell.cell_id / "artifact" / "log.txt"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [int(line.split()[1]) for line in lines if line.startswith("pid ")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_leaves_nothing_and_goes_on_next_time(
+    tmp_path: Path, model: Path, number: signal.Signals
+) -> None:
+    store = tmp_path / "store"
+    cells = [light(model, "allocate"), light(model, "hang")]
+    process = start(cells, faults.settings(store))
+    faults.wait_for(lambda: hanging_pids(store, cells[1]), "the hanging stage")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=faults.SECONDS)
+
+    assert process.returncode == controller.INTERRUPTED
+    assert "the same command goes on" in output.splitlines()[-1]
+    assert not any(map(faults.is_alive, hanging_pids(store, cells[1])))
+    assert not list((store / "artifacts").glob(".*"))
+    assert not [file for file in store.rglob("*") if file.name.startswith(".")]
+    assert records.read(store, cells[1].cell_id) is None
+
+    code, lines = run(cells, faults.settings(store, limit=3.0))
+    assert "2 cells: 1 to run, 1 done before" in lines
+    assert statuses(store, cells) == ["oom", "timeout"]
+    assert code == 1
+
+
+def test_a_killed_controller_leaves_no_process_and_no_torn_record(
+    tmp_path: Path, model: Path
+) -> None:
+    store = tmp_path / "store"
+    cells = [light(model, "allocate"), light(model, "deaf")]
+    process = start(cells, faults.settings(store))
+    faults.wait_for(lambda: len(hanging_pids(store, cells[1])) == 2, "the hanging stage")
+    process.kill()
+    process.communicate()
+    pids = hanging_pids(store, cells[1])
+    faults.wait_for(lambda: not any(map(faults.is_alive, pids)), "the end of its processes")
+    assert statuses(store, cells) == ["oom"]
+
+
+# --- what is done already ------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    status: Status
+    rerun: tuple[str, ...]
+    fresh: bool
+    same_environment: bool
+    expected: str
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("ok", (), False, True, "done"),
+        Case("oom", (), False, True, "done"),
+        Case("oom", ("oom",), False, True, "run"),
+        Case("ok", ("oom",), False, True, "done"),
+        Case("crashed", (), False, True, "run"),
+        Case("timeout", (), False, True, "run"),
+        Case("bad_artifact", (), False, True, "run"),
+        Case("ok", (), True, True, "run"),
+        Case("ok", (), False, False, "stale"),
+        Case("ok", ("stale",), False, False, "rerun_stale"),
+        Case("ok", ("stale",), False, True, "done"),
+        Case("wrong_device", (), False, True, "run"),
+        Case("unsupported", (), False, True, "run"),  # an older plan refused it
+    ],
+    ids=lambda case: f"{case.status}-{'-'.join(case.rerun)}-{case.expected}",
+)
+def test_a_record_decides(tmp_path: Path, model: Path, case: Case) -> None:
+    store = tmp_path / "store"
+    cell = light(model, "work")
+    settings = faults.settings(store, rerun=case.rerun, fresh=case.fresh)
+    sweep = Sweep([cell], settings, faults.folder(store))
+    now = sweep._environment["fingerprint"] if case.same_environment else "another"
+    known = {cell.cell_id: write_record(store, cell, case.status, now)}
+    assert sweep.decide(cell, known) == case.expected
+
+
+def test_a_cell_without_a_record_runs_and_a_refused_one_is_refused_once(
+    tmp_path: Path, model: Path
+) -> None:
+    cell = light(model, "work")
+    refused = replace(cell, status="does_not_fit", reason="because")
+    sweep = Sweep([cell], faults.settings(tmp_path), faults.folder(tmp_path))
+    assert sweep.decide(cell, {}) == "run"
+    assert sweep.decide(refused, {}) == "refuse"
+    said = {cell.cell_id: write_record(tmp_path, refused, "does_not_fit", "any")}
+    assert sweep.decide(refused, said) == "done"
+    assert sweep.decide(replace(refused, reason="another"), said) == "refuse"
+
+
+def test_what_the_right_device_measured_is_kept_on_another(tmp_path: Path, model: Path) -> None:
+    cell = light(model, "work")
+    cell = replace(cell, cell=replace(cell.cell, gpu=replace(cell.cell.gpu, match="H100")))
+    sweep = Sweep([cell], faults.settings(tmp_path, fresh=True), faults.folder(tmp_path))
+    assert sweep.decide(cell, {}) == "wrong_device"
+    known = {cell.cell_id: write_record(tmp_path, cell, "ok", "another")}
+    assert sweep.decide(cell, known) == "done"
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        (("ok",), 0),
+        (("ok", "oom", "unsupported", "wrong_device", "does_not_fit"), 0),
+        (("ok", "crashed"), 1),
+        (("ok", "timeout"), 1),
+        (("ok", "bad_artifact"), 1),
+        (("ok", "invalid"), 1),
+        (("oom", "unsupported"), 1),
+    ],
+)
+def test_exit_code(tmp_path: Path, model: Path, ends: tuple[Status, ...], expected: int) -> None:
+    cells = [light(model, "work", outputs=2 + number) for number in range(len(ends))]
+    text = io.StringIO()
+    sweep = Sweep(cells, faults.settings(tmp_path), faults.folder(tmp_path), Progress(cells, text))
+    sweep.records = {
+        cell.cell_id: write_record(tmp_path, cell, status, "any")
+        for cell, status in zip(cells, ends, strict=True)
+    }
+    assert sweep.verdict() == expected
+    assert len(text.getvalue().splitlines()) == expected
+
+
+# --- whole cells on a real model -----------------------------------------------------------------
+
+
+@dataclass
+class Grid:
+    """A sweep that ran: a baseline, another workload, a failing quality, a failing speed."""
+
+    store: Path
+    cells: list[PlannedCell]
+    code: int
+    lines: list[str]
+
+    def records(self) -> list[Record]:
+        return list(records.read_all(self.store, self.cells).values())
+
+
+@pytest.fixture(scope="module")
+def grid(tiny_random: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grid]:
+    with pytest.MonkeyPatch.context() as patch:
+        faults.install(patch)
+        store = tmp_path_factory.mktemp("grid")
+        base = faults.planned(faults.cell(tiny_random))
+        patch.setattr("qgrid.files.machine_lock", lambda: store / "machine.lock")
+        other = faults.planned(faults.cell(tiny_random, outputs=3))
+        failing = [
+            faults.cell(tiny_random, quality="abort"),
+            faults.cell(tiny_random, speed="exit"),
+        ]
+        cells = [base, other, *(faults.planned(cell, base) for cell in failing)]
+        code, lines = run(cells, faults.settings(store))
+        yield Grid(store, cells, code, lines)
+
+
+def metrics(record: Record) -> set[str]:
+    return {measurement.metric for measurement in record.measurements}
+
+
+@pytest.mark.slow
+def test_a_grid_runs_and_a_failed_stage_keeps_what_the_others_gave(grid: Grid) -> None:
+    base, other, no_quality, no_speed = grid.records()
+    assert [r.status for r in grid.records()] == ["ok", "ok", "crashed", "crashed"]
+    assert grid.code == 1
+    assert {"decode_throughput", "bits_per_weight"} <= metrics(base)
+    assert "decode_throughput" in metrics(no_quality)
+    assert "decode_throughput" not in metrics(no_speed)
+    assert "size_on_disk_bytes" in metrics(no_speed)
+    assert "SIGABRT" in str(no_quality.error)
+    assert set(base.artifact["files"]) >= {"model.safetensors", "config.json"}
+    assert base.observed["device"]["name"] == device.describe().name
+    assert {"artifact", "quality", "speed"} <= set(base.environment["stages"])
+    assert other.timings["wall_seconds"] >= other.timings["work_seconds"]
+
+
+@pytest.mark.slow
+def test_artifact_and_quality_are_shared_by_cells(grid: Grid) -> None:
+    base, other, *_ = grid.cells
+    assert base.quality_id == other.quality_id
+    folder = grid.store / "cells" / other.cell_id
+    assert (folder / "speed" / "result.json").exists()
+    assert not (folder / "artifact").exists()
+    asked = [json.loads((p / "job.json").read_text()) for p in (grid.store / "quality").glob("*/")]
+    assert [job["planned"]["cell_id"] for job in asked].count(other.cell_id) == 0
+
+
+@pytest.mark.slow
+def test_the_second_run_starts_nothing(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "Worker", None)  # nobody may start one
+    code, lines = run(grid.cells[:2], faults.settings(grid.store))
+    assert code == 0
+    assert lines[0] == "2 cells: 2 done before"
+
+
+@pytest.mark.slow
+def test_a_deleted_record_is_timed_again_with_its_stored_quality(
+    grid: Grid, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(grid.store, store, symlinks=True)
+    base, other = grid.cells[:2]
+    records.path(store, other.cell_id).unlink()
+    quality = store / "quality" / other.quality_id / "result.json"
+    before = quality.stat().st_mtime_ns
+    timed = store / "cells" / other.cell_id / "speed" / "result.json"
+    earlier = timed.read_text()
+    code, lines = run([base, other], faults.settings(store))
+    assert code == 0
+    assert [line for line in lines if line.endswith("...")] == [
+        next(line for line in lines if "out3: speed ..." in line)
+    ]
+    assert quality.stat().st_mtime_ns == before
+    assert timed.read_text() != earlier
+
+
+@pytest.mark.slow
+def test_a_damaged_artifact_is_bad_and_fresh_builds_it_again(grid: Grid, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(grid.store, store, symlinks=True)
+    base = grid.cells[0]
+    records.path(store, base.cell_id).unlink()
+    config = store / "artifacts" / base.artifact_id / "config.json"
+    text = config.read_text()
+    config.unlink()
+    config.write_text(text + " ")
+    code, lines = run([base], faults.settings(store))
+    assert code == 1
+    assert any(line.startswith("bad_artifact: ") and "files" in line for line in lines)
+    record = records.read(store, base.cell_id)
+    assert record is not None
+    assert record.measurements == ()
+    code, lines = run([base], faults.settings(store, fresh=True))
+    assert code == 0
+    assert [line.split(": ")[1] for line in lines if line.endswith("...")] == [
+        "artifact ...", "quality ...", "speed ...",
+    ]  # fmt: skip
+
+
+# --- the rest ------------------------------------------------------------------------------------
+
+
+def test_a_timing_holds_the_machine_alone() -> None:
+    order: list[str] = []
+    timing, release = threading.Event(), threading.Event()
+
+    def time_alone() -> None:
+        with pipeline.machine(alone=True):
+            timing.set()
+            release.wait(faults.SECONDS)
+            order.append("timed")
+
+    def score() -> None:
+        with pipeline.machine(alone=False):
+            order.append("scored")
+
+    with pipeline.machine(alone=False):
+        other = threading.Thread(target=score)
+        other.start()
+        other.join(faults.SECONDS)  # scoring goes beside scoring
+        assert order == ["scored"]
+        first = threading.Thread(target=time_alone)
+        first.start()
+        assert not timing.wait(0.1)
+    assert timing.wait(faults.SECONDS)
+    second = threading.Thread(target=score)
+    second.start()
+    second.join(0.1)
+    assert order == ["scored"]
+    release.set()
+    for thread in (first, second):
+        thread.join(faults.SECONDS)
+    assert order == ["scored", "timed", "scored"]
+
+
+def test_a_failing_mirror_costs_one_line(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qgrid import tracking
+
+    def start(*_: object) -> object:
+        raise ConnectionError("no route; api_key=0123456789abcdef")
+
+    monkeypatch.setattr(tracking, "start", start)
+    cells = [light(model, "allocate", outputs=outputs) for outputs in (2, 3)]
+    _, lines = run(cells, faults.settings(tmp_path / "store"))
+    told = [line for line in lines if "tracking is off" in line]
+    assert len(told) == 1
+    assert "0123456789abcdef" not in told[0]
+    assert statuses(tmp_path / "store", cells) == ["oom", "oom"]
+
+
+def test_progress_names_what_varies(model: Path) -> None:
+    cells = [light(model, "work", outputs=outputs) for outputs in (2, 3)]
+    text = io.StringIO()
+    progress = Progress(cells, text)
+    assert [progress.label(cell) for cell in cells] == [
+        "random faulty 16-bit out2",
+        "random faulty 16-bit out3",
+    ]
+    progress.open(2)
+    progress.begin(cells[0])
+    progress.stage("speed")
+    failure = Failure("crashed", "why")
+    record = assembly.refused(cells[0], "crashed", "why", {})
+    assert record.error == failure
+    progress.end(cells[0], record, ran=True)
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "[1/2] random faulty 16-bit out2: speed ..."
+    assert "crashed" in lines[1]
+    assert "left" in lines[1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    cells = [light(model, "work", outputs=outputs) for outputs in (2, 3)]
+    text = Terminal()
+    progress = Progress(cells, text)
+    progress.open(2)
+    progress.begin(cells[0])
+    progress.stage("quality")
+    progress.line("[3/4] not markup")
+    progress.end(cells[0], assembly.refused(cells[0], "oom", "why", {}), ran=True)
+    progress.close()
+    assert "out2: quality" in text.getvalue()
+    assert "1/2" in text.getvalue()
+    assert "[3/4] not markup" in text.getvalue()

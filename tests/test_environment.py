@@ -1,0 +1,99 @@
+"""Provenance: everything that a repetition needs, and a fingerprint of its stable part."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import qgrid
+from qgrid import environment
+
+
+def test_the_lock_pins_what_matters() -> None:
+    locked = environment.locked_versions("main")
+    assert locked["torch"] == "2.13.0"
+    assert locked["hydra-core"] == "1.3.8"
+    assert locked["huggingface_hub"] == locked["huggingface-hub"]
+    assert not any("#" in name or " " in name for name in locked)
+
+
+def test_an_environment_without_a_lock_is_one_sentence() -> None:
+    with pytest.raises(environment.UnknownEnvironment, match=r"`vlm` has no lock .*main"):
+        environment.locked_versions("vlm")
+
+
+def test_names_compare_as_package_indexes_compare_them() -> None:
+    assert environment.normalized("Huggingface_Hub.x") == "huggingface-hub-x"
+
+
+def test_provenance_says_what_a_repetition_needs() -> None:
+    found = environment.provenance()
+    json.dumps(found, allow_nan=False)
+    assert found["versions"]["torch"] == importlib.metadata.version("torch")
+    for key in (
+        "fingerprint", "qgrid", "python", "versions", "cpu", "cpu_flags", "cores", "memory_gib",
+        "cuda", "driver", "gpus", "not_locked", "host", "os", "kernel", "threads", "git_commit",
+        "time", "load_average",
+    ):  # fmt: skip
+        assert key in found, key
+    assert found["threads"]["physical_cores"] >= 1
+    assert len(found["load_average"]) == 3
+
+
+def test_the_fingerprint_is_of_the_stable_part_only() -> None:
+    first, second = environment.provenance(), environment.provenance()
+    assert first["fingerprint"] == second["fingerprint"]
+    stable = environment.stable_part()
+    assert environment.fingerprint(stable) == first["fingerprint"]
+    changed = {**stable, "driver": ["999.1"]}
+    assert environment.fingerprint(changed) != first["fingerprint"]
+    assert not {"time", "load_average", "host", "git_commit", "kernel"} & stable.keys()
+
+
+def test_a_local_build_tag_is_no_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = environment.locked_versions("main")
+    monkeypatch.setattr(
+        environment,
+        "versions",
+        lambda: {"torch": f"{locked['torch']}+cpu", "transformers": "1.0", "unheard-of": "1"},
+    )
+    expected = f"1.0 (locked {locked['transformers']})"
+    assert environment.deviations() == {"transformers": expected}
+
+
+def test_cuda_is_read_from_torch_s_version_file() -> None:
+    torch = pytest.importorskip("torch")
+    assert environment.cuda_version() == torch.version.cuda
+
+
+def test_the_commit_of_the_checkout_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    package = tmp_path / "qgrid"
+    package.mkdir()
+    monkeypatch.setattr(qgrid, "__file__", str(package / "__init__.py"))
+    assert environment.git_commit() is None
+    git("init")
+    (package / "__init__.py").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert environment.git_commit() == git("rev-parse", "HEAD")
+    (package / "__init__.py").write_text("2")
+    assert environment.git_commit() == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_thread_settings_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    found = environment.threads()
+    assert found["OMP_NUM_THREADS"] == "3"
+    assert found["usable_cores"] == len(os.sched_getaffinity(0))
