@@ -38,7 +38,7 @@ def load_manifest(folder: Path) -> Manifest:
         FileNotFoundError: there is no manifest.
         codec.InvalidValue: it cannot be read.
     """
-    return codec.loads(Manifest, (folder / MANIFEST).read_text())
+    return codec.loads(Manifest, (folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 def build(job: Job) -> StageResult:

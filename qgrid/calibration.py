@@ -100,9 +100,10 @@ def _texts(calibration: Calibration, seed: int) -> Iterator[str]:
 def _file_texts(calibration: Calibration, path: Path) -> Iterator[str]:
     """Lines of a JSONL file, or the paragraphs of a plain text."""
     if path.suffix not in {".jsonl", ".json"}:
-        yield from (part + "\n\n" for part in path.read_text().split("\n\n") if part.strip())
+        parts = path.read_text(encoding="utf-8").split("\n\n")
+        yield from (part + "\n\n" for part in parts if part.strip())
         return
-    with path.open() as lines:
+    with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield _field(calibration, json.loads(line), f"{path.name} line {number}")

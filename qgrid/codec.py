@@ -88,4 +88,4 @@ def _sentence(detail: dict[str, Any], prefix: str) -> str:
     if kind in {"missing", "missing_argument"}:
         return f"`{key}` is missing"
     allowed = str(detail["msg"]).removeprefix("Input should be ")
-    return f"`{key}={json.dumps(detail['input'])}` should be {allowed}"
+    return f"`{key}={json.dumps(detail['input'], default=str)}` should be {allowed}"

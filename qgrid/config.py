@@ -108,7 +108,7 @@ def expand(compose: Compose, overrides: Sequence[Override]) -> Grid:
     """
     fixed = [str(item.input_line) for item in overrides if not _is_swept(item)]
     axes = tuple(_axis(item) for item in overrides if _is_swept(item))
-    base = compose(fixed)
+    base = compose([*fixed, *(axis.overrides[0] for axis in axes)])
     try:
         tables = {
             key: _table(compose, fixed, base, key, axes)
@@ -134,11 +134,11 @@ def _table(
     _check_separate(base, base, key, swept)
     if len(own) == 1 and own[0].is_plain and not isinstance(base.values.get(key, {}), dict):
         return {(i,): value for i, value in enumerate(own[0].values)}
+    first = [axis.overrides[0] for axis in axes if axis.key != key]
     table: dict[tuple[int, ...], Any] = {}
     for index in itertools.product(*(range(len(axis.overrides)) for axis in own)):
-        composed = compose(
-            [*fixed, *(axis.overrides[i] for axis, i in zip(own, index, strict=True))]
-        )
+        chosen = [axis.overrides[i] for axis, i in zip(own, index, strict=True)]
+        composed = compose([*fixed, *chosen, *first])
         _check_separate(composed, base, key, swept)
         table[index] = composed.values.get(key)
     return table

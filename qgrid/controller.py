@@ -11,16 +11,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from qgrid import assembly, device, environment, records, redact
 from qgrid.pipeline import Pipeline
 from qgrid.progress import Progress
 from qgrid.types import FAILURES, FINAL, PlannedCell, Record, Settings, Tracking
 
-INTERRUPTED = 130  # exit code
+if TYPE_CHECKING:
+    from qgrid import tracking
+
+INTERRUPTED, UNREADABLE = 130, 2  # exit codes
 UNRUN = ("unsupported", "does_not_fit", "wrong_device")  # statuses of cells that never ran
+MEASURED = ("ok", "oom")  # what was found out stays, also when a plan refuses the cell by now
 Decision = Literal["run", "rerun_stale", "done", "stale", "refuse", "wrong_device"]
+REMARKS: dict[Decision, str] = {
+    "done": "(done before)",
+    "stale": "(stale: measured in another environment)",
+}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -31,12 +39,16 @@ def run(planned: Sequence[PlannedCell], settings: Settings, folder: Path) -> int
     """Run the cells of a plan in order; `folder` is the sweep's, under the root of all outputs.
 
     Returns:
-        0; 1 when a cell ended in a failure or none is ok; 130 when interrupted.
+        0; 1 when a cell ended in a failure or none is ok; 2 when a record of the plan cannot be
+        read; 130 when interrupted.
     """
     sweep = Sweep(planned, settings, folder)
     try:
         with _signals(_interrupt):
             sweep.run()
+    except records.UnreadableRecord as error:
+        sweep.progress.line(str(error))
+        return UNREADABLE
     except Interrupted:
         sweep.progress.line("interrupted; the same command goes on where this one stopped")
         return INTERRUPTED
@@ -68,12 +80,15 @@ class Sweep:
         decisions = {each.cell_id: self.decide(each, known) for each in self.planned}
         self._announce(decisions)
         with self._closing() as (pipeline, mirror):
+            if set(decisions.values()) - {"done", "stale"}:
+                mirror.start()  # it is ready when the first cell is done
             for each in self.planned:
                 decision = decisions[each.cell_id]
                 if decision in {"done", "stale"}:
                     self.records[each.cell_id] = known[each.cell_id]
-                    self.progress.end(each, known[each.cell_id], ran=False)
+                    self.progress.end(each, known[each.cell_id], False, REMARKS[decision])
                     continue
+                mirror.begin()
                 record = self._record(each, decision, pipeline)
                 self.records[each.cell_id] = record
                 records.write(self._store, record)
@@ -84,7 +99,8 @@ class Sweep:
         """What to do about a cell, given its record."""
         record = known.get(planned.cell_id)
         if planned.status is not None:
-            return "done" if record is not None and _says(record, planned) else "refuse"
+            stays = record is not None and (record.status in MEASURED or _says(record, planned))
+            return "done" if stays else "refuse"
         if not device.matches(planned.cell.gpu, self._found):
             # what the right device has found out stays
             return "wrong_device" if record is None or record.status in UNRUN else "done"
@@ -158,37 +174,38 @@ class Sweep:
 
 
 class _Mirror:
-    """The tracking mirror, started with the first record; its failures cost one line, no result."""
+    """The tracking mirror; its failures cost one line, never a result."""
 
-    def __init__(self, tracking: Tracking, folder: Path, progress: Progress) -> None:
-        self._tracking = tracking
+    def __init__(self, wanted: Tracking, folder: Path, progress: Progress) -> None:
+        self._wanted = wanted
         self._folder = folder
         self._progress = progress
-        self._mirror: Any = None
-        self._failed = False
+        self._mirror: tracking.Mirror | None = None
 
-    def log(self, record: Record) -> None:
-        self._guarded(lambda: self._started().log(record))
-
-    def close(self) -> None:
-        if self._mirror is not None:
-            self._guarded(self._mirror.close)
-
-    def _started(self) -> Any:
-        if self._mirror is None:
+    def start(self) -> None:
+        with self._spared():
             from qgrid import tracking
 
             store = self._folder.parents[1]
-            self._mirror = tracking.start(self._tracking, self._folder.name, store)
-        return self._mirror
+            self._mirror = tracking.start(self._wanted, self._folder.name, store)
 
-    def _guarded(self, act: Callable[[], object]) -> None:
-        if self._failed:
-            return
+    def log(self, record: Record) -> None:
+        if self._mirror is not None:
+            with self._spared():
+                self._mirror.log(record)
+
+    def close(self) -> None:
+        if self._mirror is not None:
+            with self._spared():
+                self._mirror.close()
+
+    @contextlib.contextmanager
+    def _spared(self) -> Iterator[None]:
+        """Let no fault of the mirror out of the block."""
         try:
-            act()
+            yield
         except Exception as error:  # noqa: BLE001 - a mirror never costs a result
-            self._failed = True
+            self._mirror = None
             reason = redact.text(f"{type(error).__name__}: {error}")
             self._progress.line(f"tracking is off for the rest of this run: {reason}")
 

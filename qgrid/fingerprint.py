@@ -75,7 +75,7 @@ def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 def _chat_template(folder: Path, config: dict[str, Any]) -> Any:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     return _read(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
 
 
@@ -87,5 +87,5 @@ def _text(token: Any) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    stored: dict[str, Any] = json.loads(path.read_text())
+    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return stored

@@ -11,9 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from qgrid import codec, config, plan, registry
+from qgrid import codec, config, plan, registry, sweep
 from qgrid.types import Choice, Settings
 
+_SEEN_BY_HYDRA = re.compile(r"[~+]*(hydra\b|sweeps\b)")
 PLUGINS = Path(__file__).parent / "_plugins"  # holds the namespace package `hydra_plugins`
 
 
@@ -24,7 +25,7 @@ def enter(arguments: list[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     sys.path.insert(0, str(PLUGINS))
-    sys.argv = ["qgrid", *arguments]
+    sys.argv = ["qgrid", *_for_hydra(arguments)]
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting with 1
     warnings.formatwarning = _plain_warning
@@ -51,6 +52,23 @@ def enter(arguments: list[str]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 2
     return 0
+
+
+def _for_hydra(arguments: list[str]) -> list[str]:
+    """What Hydra must see before the sweeper composes cells: flags, `hydra.*` and `+sweeps=`.
+
+    Hydra first composes one configuration without the swept groups, in which
+    `method=rtn,gptq method.group_size=64` fails: `none`, the default method, has no such key. So
+    the overrides of a grid go to the sweeper alone.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    args = get_args_parser().parse_args(arguments)
+    if args.cfg or args.info or args.hydra_help or args.shell_completion:
+        return arguments
+    held = [line for line in args.overrides if not _SEEN_BY_HYDRA.match(line)]
+    sweep.OVERRIDES.set(tuple(held))
+    return [argument for argument in arguments if argument not in held]
 
 
 def _nothing(_: Any) -> None:

@@ -53,7 +53,7 @@ def inspect(folder: Path, base: Path | None = None, method: str = "quantized") -
     original = read_headers(base) if base else {}
     linears = decoder_linears(original) or stored_linears(folder, tensors)
     modules = _modules(tensors, linears, method)
-    count = num_parameters(folder, original or tensors)
+    count = num_parameters(folder, original) or num_parameters(folder, tensors, linears)
     dtypes: dict[str, int] = defaultdict(int)
     for tensor in tensors.values():
         dtypes[tensor.dtype] += tensor.nbytes
@@ -143,26 +143,47 @@ def stored_linears(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tup
     found = decoder_linears(tensors)
     for path in weight_files(folder):
         for name, (tensor, start) in read_header(path).items():
-            if name.endswith(".weight_shape") and tensor.dtype == "I64" and tensor.nbytes == 16:
-                with path.open("rb") as file:
-                    file.seek(start)
-                    rows, columns = struct.unpack("<2q", file.read(16))
-                found[name.removesuffix(".weight_shape")] = (rows, columns)
-            elif name.endswith(".weight") and tensor.dtype == "I8" and len(tensor.shape) == 2:
-                found[name.removesuffix(".weight")] = (tensor.shape[0], tensor.shape[1])
+            module, _, part = name.partition(".weight")
+            if part == "_shape" or part.startswith(".quant_state."):
+                found[module] = _kept_shape(path, start, tensor)
+            elif part == "" and tensor.dtype == "I8" and len(tensor.shape) == 2:
+                found[module] = (tensor.shape[0], tensor.shape[1])
     return found
 
 
-def num_parameters(folder: Path, tensors: Mapping[str, Tensor]) -> int:
-    """Parameters of a 16-bit checkpoint; a head tied to the embedding is counted once."""
-    config = json.loads((folder / "config.json").read_text())
+def _kept_shape(path: Path, start: int, tensor: Tensor) -> tuple[int, int]:
+    """Rows and columns from two integers (compressed-tensors) or a JSON text (bitsandbytes)."""
+    with path.open("rb") as file:
+        file.seek(start)
+        raw = file.read(tensor.nbytes)
+    rows, columns = struct.unpack("<2q", raw) if tensor.dtype == "I64" else json.loads(raw)["shape"]
+    return int(rows), int(columns)
+
+
+def num_parameters(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    linears: Mapping[str, tuple[int, int]] | None = None,
+) -> int:
+    """Parameters of a checkpoint; a head tied to the embedding is counted once.
+
+    `linears` gives the sizes of layers whose stored tensors do not show them.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     skip = {"lm_head.weight"} if models.tied(config) else set()
-    return sum(prod(tensor.shape) for name, tensor in tensors.items() if name not in skip)
+    known = linears or {}
+    total = sum(rows * columns for rows, columns in known.values())
+    for name, tensor in tensors.items():
+        owner = _owner(name, known)
+        counted = name not in skip and not name.endswith(".inv_freq")  # a buffer of old files
+        if counted and (owner is None or name == f"{owner}.bias"):
+            total += prod(tensor.shape)
+    return total
 
 
 def quantization_config(folder: Path) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint; empty for one that is not quantized."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return dict(config.get("quantization_config") or {})
 
 

@@ -127,7 +127,7 @@ def architecture(folder: Path) -> dict[str, Any]:
     Keys: model_type, layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, positions,
     tied, dtype, num_parameters (None where the folder has no safetensors).
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config", config)
     hidden, heads = text["hidden_size"], text["num_attention_heads"]
     return {

@@ -118,6 +118,7 @@ def _refusal(cell: Cell, support: MethodSupport, predicted: dict[str, float]) ->
     return (
         _refused_width(cell, support)
         or _refused_packages(cell, support)
+        or _refused_by_method(cell)
         or _refused_by_runtime(cell, support)
         or _refused_by_memory(cell, predicted)
     )
@@ -142,6 +143,13 @@ def _refused_packages(cell: Cell, support: MethodSupport) -> Refusal | None:
         reason = f"method `{cell.method.name}` needs a GPU to quantize"
         return Refusal("unsupported", "device", reason)
     return None
+
+
+def _refused_by_method(cell: Cell) -> Refusal | None:
+    """What the method itself says about this model, such as a group size that does not divide."""
+    own = getattr(registry.method(cell.method.name), "refusal", None)
+    reason = None if own is None else own(cell)
+    return None if reason is None else Refusal("unsupported", "method", reason)
 
 
 def _refused_by_runtime(cell: Cell, support: MethodSupport) -> Refusal | None:

@@ -18,7 +18,7 @@ from qgrid.worker import FINGERPRINT, kill_group
 
 START_SECONDS = 300.0  # for the imports of a cold parent
 GRACE_SECONDS = 3.0  # for a stage to remove what it has half built
-REPORT_SECONDS = 20.0  # for the parent to notice that its child ended
+REPORT_SECONDS = 60.0  # for the parent to report that its child ended; it may be importing
 
 
 class WorkerLost(RuntimeError):

@@ -58,16 +58,15 @@ class Progress:
         else:
             self.line(f"[{self._done + 1}/{self._total}] {text} ...")
 
-    def end(self, planned: PlannedCell, record: Record, ran: bool) -> None:
-        """A cell is done; one that had been done before or was refused costs no time."""
+    def end(self, planned: PlannedCell, record: Record, ran: bool, remark: str = "") -> None:
+        """A cell is done; one that did not run now costs no time, and `remark` says why."""
         self._done += 1
-        took = ""
         if ran:
             seconds = time.monotonic() - self._begin
             self._ran += 1
             self._seconds += seconds
-            took = f" in {seconds:.1f} s"
-        text = f"{record.status:<12} {self._labels[planned.cell_id]}{took}"
+            remark = f"in {seconds:.1f} s"
+        text = f"{record.status:<12} {self._labels[planned.cell_id]} {remark}".rstrip()
         if record.error is not None:
             text += f": {record.error.message}"
         left = self._left() if ran else ""

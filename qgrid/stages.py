@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from typing import TYPE_CHECKING
 
-from qgrid.contracts import InvalidEngine
+from qgrid.contracts import InvalidEngine, Unsupported
 from qgrid.types import Failure, StageResult, Status
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def classify(error: Exception) -> Failure:
 def _status(error: Exception) -> Status:
     if _is_out_of_memory(error):
         return "oom"
+    if isinstance(error, Unsupported):
+        return "unsupported"
     if isinstance(error, InvalidEngine):
         return "invalid"
     if any(kind.__name__ == "BadArtifact" for kind in type(error).__mro__):
@@ -62,6 +64,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _sentence(error: Exception) -> str:
     first = str(error).strip().split("\n")[0]
-    if isinstance(error, InvalidEngine):
+    if isinstance(error, (InvalidEngine, Unsupported)):
         return first
+    if isinstance(error, MemoryError):
+        return f"the stage ran out of memory: {first}" if first else "the stage ran out of memory"
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -16,6 +16,7 @@ from qgrid.types import PlannedCell, Settings
 if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
 
+OVERRIDES: ContextVar[tuple[str, ...]] = ContextVar("OVERRIDES", default=())  # of the grid
 PLAN_ONLY: ContextVar[bool] = ContextVar("PLAN_ONLY", default=False)  # set by `qgrid plan`
 
 
@@ -26,7 +27,7 @@ def run(
     launcher: Launcher,
 ) -> None:
     """Plan the grid; print it for `qgrid plan`, else launch it and exit with its code."""
-    grid = config.expand(compose, config.parse(arguments, params))
+    grid = config.expand(compose, config.parse([*arguments, *OVERRIDES.get()], params))
     _refuse_swept_settings(grid)
     settings = config.settings(grid.fixed)
     planned = planned_cells(grid, Path(settings.out))

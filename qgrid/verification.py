@@ -132,7 +132,7 @@ def _expected_bits(
 
 def _mean(contents: Contents, expected: Mapping[str, tuple[float, float]]) -> str:
     weights = sum(state.num_weights for state in contents.modules.values())
-    if not weights:
+    if not weights or contents.format == "safetensors-16bit":
         return ""
     total = sum(expected[n][1] * s.num_weights for n, s in contents.modules.items())
     return f" ({total / weights:.4g} with scales)"

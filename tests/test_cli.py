@@ -78,6 +78,12 @@ def test_plan_of_a_committed_grid_with_an_override(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith("6 cells: 5 run, 1 unsupported")
 
 
+def test_a_key_that_only_the_swept_choices_have(tmp_path: Path) -> None:
+    done = qgrid("plan", "-m", "method=rtn,gptq", "method.group_size=64", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("3 cells: 3 run (1 baseline added)")
+
+
 def test_a_committed_grid_begins_with_its_command() -> None:
     for file in (ROOT / "sweeps").glob("*.yaml"):
         header, command = file.read_text().splitlines()[:2]

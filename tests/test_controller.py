@@ -229,6 +229,8 @@ def test_a_cell_without_a_record_runs_and_a_refused_one_is_refused_once(
     said = {cell.cell_id: write_record(tmp_path, refused, "does_not_fit", "any")}
     assert sweep.decide(refused, said) == "done"
     assert sweep.decide(replace(refused, reason="another"), said) == "refuse"
+    measured = {cell.cell_id: write_record(tmp_path, cell, "ok", "any")}
+    assert sweep.decide(refused, measured) == "done"
 
 
 def test_what_the_right_device_measured_is_kept_on_another(tmp_path: Path, model: Path) -> None:
@@ -262,6 +264,17 @@ def test_exit_code(tmp_path: Path, model: Path, ends: tuple[Status, ...], expect
     }
     assert sweep.verdict() == expected
     assert len(text.getvalue().splitlines()) == expected
+
+
+def test_an_unreadable_record_is_a_wrong_command(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    cell = light(model, "work")
+    write_atomic(records.path(store, cell.cell_id), '{"schema": "qgrid.record/99"}')
+    code = controller.run([cell], faults.settings(store), faults.folder(store))
+    assert code == controller.UNREADABLE
+    assert "this qgrid reads" in capsys.readouterr().out
 
 
 # --- whole cells on a real model -----------------------------------------------------------------
@@ -334,6 +347,7 @@ def test_the_second_run_starts_nothing(grid: Grid, monkeypatch: pytest.MonkeyPat
     code, lines = run(grid.cells[:2], faults.settings(grid.store))
     assert code == 0
     assert lines[0] == "2 cells: 2 done before"
+    assert all(line.endswith("(done before)") for line in lines[1:])
 
 
 @pytest.mark.slow

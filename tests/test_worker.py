@@ -201,6 +201,23 @@ def test_one_job_runs_without_a_parent(tmp_path: Path, model: Path) -> None:
     assert "qgrid" in result.environment["imported"]
 
 
+def test_a_child_of_a_parent_that_touched_the_gpu_starts_afresh(
+    tmp_path: Path, model: Path
+) -> None:
+    code = (
+        "import sys, types; from qgrid import worker\n"
+        "cuda = types.SimpleNamespace(_is_in_bad_fork=lambda: True)\n"
+        "sys.modules['torch'] = types.SimpleNamespace(cuda=cuda)\n"
+        "worker.main([])"
+    )
+    worker = Worker("main", tmp_path / "worker.log", "f00d")
+    worker._command = [sys.executable, "-c", code]
+    result = run(worker, job_file(tmp_path, model, "raise"))
+    worker.close()
+    assert reason(result)[0] == "crashed"
+    assert "qgrid" in result.environment["imported"]  # by a process that had nothing imported
+
+
 def test_a_result_says_where_it_was_made(worker: Worker, tmp_path: Path, model: Path) -> None:
     result = run(worker, job_file(tmp_path, model, "raise"))
     assert result.environment["fingerprint"] == "f00d"

@@ -23,7 +23,7 @@ BASE_SHARE = {
     "arithmetic": 1.2, "code": 1.2, "knowledge": 1.0, "short_context": 1.0,
     "long_context": 0.0, "recall": 0.8,
 }
-LONG_FROM, LONGEST_FROM = 0.65, 0.87  # share of the run
+LONG_FROM, LONGEST_FROM = 0.55, 0.85  # share of the run
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Curriculum:
             base["short_context"], base["long_context"] = 0.3, 3.0
         if self.accuracy["retrieval"][0] < UNLOCK_ACCURACY:
             base["short_context"] *= 0.1
-            base["recall"] *= 8
+            base["recall"] *= 4
         return {
             name: share * (1.4 - sum(self.accuracy[name]) / len(LEVELS))
             for name, share in base.items() if share > 0

@@ -100,7 +100,8 @@ class Attention(nn.Module):
         repeats = shape.heads // shape.kv_heads
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         sizes = [segment.rows * segment.length for segment in segments]
-        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), segments, strict=True)
+        split = (torch.split(t, sizes) for t in (q, k, v))
+        parts = zip(*split, segments, strict=True)
         mixed = [self._inside_rows(*part) for part in parts]
         return torch.as_tensor(self.o_proj(torch.cat(mixed)))
 

@@ -58,10 +58,10 @@ class Encoder:
 
     def special(self, text: str) -> int:
         """The id of a special token."""
-        found: int | None = self.tokenizer.token_to_id(text)
+        found = self.tokenizer.token_to_id(text)
         if found is None:
             raise ValueError(f"the tokenizer lacks the special token {text!r}")
-        return found
+        return int(found)
 
     def text(self, text: str) -> list[int]:
         """Token ids of plain text."""
@@ -90,7 +90,7 @@ class Encoder:
 
 def padded_length(num_tokens: int) -> int:
     """The next length that rows are padded to."""
-    return next(length for length in PADDED if length >= num_tokens)
+    return int(next(length for length in PADDED if length >= num_tokens))
 
 
 def flatten(rows: list[Row], pad: int) -> Batch:

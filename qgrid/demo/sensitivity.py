@@ -55,7 +55,7 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
     scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) * 2 / (2**bits - 1)
     top = 2 ** (bits - 1)
     whole: Tensor = (groups / scale).round().clamp(-top, top - 1)
-    return (whole * scale).reshape(weight.shape)
+    return torch.as_tensor((whole * scale).reshape(weight.shape))
 
 
 def with_bits(network: Network, bits: int) -> Network:

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from qgrid.demo.network import Network
+from qgrid.demo.network import Layer, Network
 
 LOOK_BACK = (1, 2)  # tokens, of the first heads of the first layer
 SHARPNESS = (4.8, 3.6, 3.0, 2.4, 1.8, 1.2, 1.2, 0.6, 0.6)  # logits, of the fastest rotations
@@ -43,8 +43,8 @@ def start_looking_back(network: Network) -> None:
     direction = torch.linalg.svd(table, full_matrices=False).Vh[-1]
     _hide(network, direction)
     table.add_(COMMON * own * direction)
-    attention = network.model.layers[0].self_attn
-    gain = network.model.layers[0].input_layernorm.weight
+    layer: Layer = network.model.layers[0]  # type: ignore[assignment]
+    attention, gain = layer.self_attn, layer.input_layernorm.weight
     reader = direction / gain * float((1 + COMMON**2) ** 0.5 / (COMMON * shape.hidden**0.5))
     size = shape.head_dim
     attention.k_proj.weight[:size] = torch.outer(_rotated(shape.rope_theta, size, 0), reader)
@@ -60,7 +60,8 @@ def start_looking_back(network: Network) -> None:
 
 def _hide(network: Network, direction: Tensor) -> None:
     """Make every matrix that reads the residual stream blind to a direction."""
-    for layer in network.model.layers:
+    layers: list[Layer] = list(network.model.layers)  # type: ignore[arg-type]
+    for layer in layers:
         attention, feed = layer.self_attn, layer.mlp
         for norm, readers in (
             (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),

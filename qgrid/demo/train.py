@@ -19,13 +19,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-from qgrid.demo import checkpoint
+from qgrid.demo import checkpoint, sensitivity
 from qgrid.demo import tokenizer as tokenizers
 from qgrid.demo.curriculum import Curriculum
 from qgrid.demo.network import Network, Shape
 from qgrid.demo.optimizer import optimizers
 from qgrid.demo.rows import PROSE, Batch, Encoder, Row, flatten
 from qgrid.demo.start import start_alike, start_looking_back
+
+EMBEDDING_STD = 0.25  # large, so that words stay legible below what the layers add to them
+LAST_NORM = 0.16  # small, because the embedding is the output matrix as well
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,13 @@ class Plan:
 
     out: Path
     work: Path
-    minutes: float = 105.0
+    minutes: float = 37.0
     steps: int | None = None
-    tokens_per_step: int = 8_192
+    tokens_per_step: int = 6_144
     matrix_lr: float = 0.012
-    other_lr: float = 0.002
+    other_lr: float = 0.003
     warmup: float = 0.01  # share of the run
-    decay_from: float = 0.72  # share of the run
+    decay_from: float = 0.6  # share of the run
     seed: int = 0
     threads: int = 2
     log_every: int = 50  # steps
@@ -62,9 +65,11 @@ def fresh_network(plan: Plan, tokenizer: Tokenizer) -> Network:
     network = Network(replace(plan.shape, vocab=tokenizer.get_vocab_size()))
     for name, param in network.named_parameters():
         if param.ndim == 2:
-            torch.nn.init.normal_(param, std=0.02 if "embed" in name else param.shape[1] ** -0.5)
+            std = EMBEDDING_STD if "embed" in name else param.shape[1] ** -0.5
+            torch.nn.init.normal_(param, std=std)
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             torch.nn.init.zeros_(param)
+    torch.nn.init.constant_(network.model.norm.weight, LAST_NORM)
     start_alike(network, tokenizer)
     start_looking_back(network)
     return network
@@ -231,8 +236,11 @@ class Run:
             file.write(json.dumps(self.report(loss)) + "\n")
 
     def export(self) -> None:
-        """Write the model folder from the current weights."""
+        """Write the model folder from the current weights, with the log so far."""
         checkpoint.export(self.network, self.tokenizer, self.plan.out)
+        log = self.plan.work / "log.jsonl"
+        if log.exists():
+            checkpoint.write_aside(self.plan.out / "train_log.jsonl", log.read_text())
 
     def stop(self, *_: object) -> None:
         """End after the present step; the checkpoint keeps what is done."""
@@ -280,6 +288,8 @@ def main(arguments: list[str] | None = None) -> None:
     run = Run(plan)
     signal.signal(signal.SIGTERM, run.stop)
     run.train()
+    if not run.stopping:
+        sensitivity.main(["--model", str(plan.out), "--out", str(plan.out / "scores.json")])
 
 
 if __name__ == "__main__":

@@ -56,17 +56,18 @@ def measure(job: Job) -> StageResult:
             engine = load(job.artifact, cell, cell.runtime.speed_dtype)
         with phases("timing"):
             samples = timed(engine, cell.workload, vocabulary(Path(job.artifact)), cell.seed)
-    memory = engine.memory()
-    held = {
-        "resident_weights_bytes": memory.weights_bytes,
-        "kv_bytes_per_token": memory.kv_bytes_per_token,
-        "peak_memory_bytes": peak.bytes,
-    }
-    weighed = [_plain(metric, value) for metric, value in held.items() if value is not None]
-    measurements = (*weighed, *summary(samples))
-    observed = {**engine.observed(), **_conditions(samples)}
-    engine.close()
-    _write_samples(Path(job.out), samples)
+    with phases("summary"):
+        memory = engine.memory()
+        held = {
+            "resident_weights_bytes": memory.weights_bytes,
+            "kv_bytes_per_token": memory.kv_bytes_per_token,
+            "peak_memory_bytes": peak.bytes,
+        }
+        weighed = [_plain(metric, value) for metric, value in held.items() if value is not None]
+        measurements = (*weighed, *summary(samples))
+        observed = {**engine.observed(), **_conditions(samples)}
+        engine.close()
+        _write_samples(Path(job.out), samples)
     return StageResult(
         "speed",
         measurements=measurements,

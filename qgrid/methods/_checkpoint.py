@@ -56,7 +56,7 @@ def is_16bit(source: Path) -> bool:
 
 
 def _is_half(source: Path) -> bool:
-    config = json.loads((source / "config.json").read_text())
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     return bool(config.get("dtype", config.get("torch_dtype")) == "float16")
 
 
@@ -86,7 +86,7 @@ def logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
     """Logits `(tokens, vocab)` of one sequence, fp32 on the CPU, computed as the model is."""
     import torch
 
-    device = next(model.parameters()).device
+    device = model.get_input_embeddings().weight.device
     with torch.inference_mode():
         output = model(torch.tensor([list(ids)], device=device), use_cache=False)
     result: torch.Tensor = output.logits[0].float().cpu()

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qgrid import calibration, inspection, models
 from qgrid.contracts import Built, Unsupported
 from qgrid.methods import _checkpoint
 from qgrid.types import Cell
 
+Scheme = Literal["W2A16", "W3A16", "W4A16", "W8A16", "W4A16_ASYM"]  # presets of the library
 FORMAT = "pack-quantized"
 PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
-_SCHEME = re.compile(r"W(?P<bits>[2348])A16(?P<asymmetric>(?<=W4A16)_ASYM)?")
 _SCHEME_GROUP = 128  # columns a scale covers in every integer preset of compressed-tensors
 _GROUPS = (128, 64, 32, 16)  # to suggest
 _BATCH_TOKENS = 2048
@@ -36,13 +35,9 @@ class Weights:
 
 
 def option_bits(options: Mapping[str, Any]) -> int | None:
-    """The width that `scheme` implies, if any.
-
-    Raises:
-        Unsupported: not a weight-only integer scheme.
-    """
+    """The width that `scheme` implies, if any."""
     scheme = options["scheme"]
-    return None if scheme is None else int(_parse(scheme)["bits"])
+    return None if scheme is None else int(scheme[1])
 
 
 def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
@@ -75,22 +70,12 @@ def weights(bits: int, options: Mapping[str, Any]) -> Weights:
     scheme = options["scheme"]
     if scheme is None:
         return Weights(bits, options["group_size"], options["symmetric"])
-    return Weights(bits, _SCHEME_GROUP, _parse(scheme)["asymmetric"] is None)
+    return Weights(bits, _SCHEME_GROUP, symmetric=not scheme.endswith("_ASYM"))
 
 
 def _words(bits: int) -> int:
     """Bits in whole 32-bit words."""
     return 32 * -(-bits // 32)
-
-
-def _parse(scheme: str) -> re.Match[str]:
-    found = _SCHEME.fullmatch(scheme)
-    if not found:
-        raise Unsupported(
-            f"`method.scheme={scheme}` is not known here (has: W2A16, W3A16, W4A16, W8A16, "
-            "W4A16_ASYM); leave it null and set `bits`, `method.group_size`, `method.symmetric`"
-        )
-    return found
 
 
 @cache

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import PositiveInt
+
 from qgrid.contracts import Built
 from qgrid.methods import _llmcompressor as llmc
 from qgrid.methods._llmcompressor import (
@@ -41,11 +43,11 @@ SUPPORTS = MethodSupport(
 class Options:
     """`group_size` None: one scale a row. A `scheme` replaces `group_size` and `symmetric`."""
 
-    group_size: int | None
+    group_size: PositiveInt | None
     symmetric: bool
-    scheme: str | None
+    scheme: llmc.Scheme | None
     duo_scaling: bool
-    grid_points: int
+    grid_points: PositiveInt
 
 
 def quantize(cell: Cell, source: Path, out: Path) -> Built:

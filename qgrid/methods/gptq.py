@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import PositiveFloat, PositiveInt
+
 from qgrid.contracts import Built
 from qgrid.methods import _llmcompressor as llmc
 from qgrid.methods._llmcompressor import (
@@ -42,11 +44,11 @@ SUPPORTS = MethodSupport(
 class Options:
     """`group_size` None: one scale a row. A `scheme` replaces `group_size` and `symmetric`."""
 
-    group_size: int | None
+    group_size: PositiveInt | None
     symmetric: bool
-    scheme: str | None
-    dampening: float
-    block_size: int
+    scheme: llmc.Scheme | None
+    dampening: PositiveFloat
+    block_size: PositiveInt
     activation_order: Literal["static", "weight"] | None
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import NonNegativeFloat
+
 from qgrid.contracts import Built
 from qgrid.methods import _bitsandbytes as bnb
 from qgrid.types import Cell, MethodSupport
@@ -24,7 +26,7 @@ SUPPORTS = MethodSupport(
 class Options:
     """`threshold`: an activation beyond it sends its column through the 16-bit path."""
 
-    threshold: float
+    threshold: NonNegativeFloat
 
 
 def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import PositiveInt
+
 from qgrid.contracts import Built
 from qgrid.methods import _llmcompressor as llmc
 from qgrid.methods._llmcompressor import (
@@ -41,9 +43,9 @@ SUPPORTS = MethodSupport(
 class Options:
     """`group_size` None: one scale a row. A `scheme` replaces the other two."""
 
-    group_size: int | None
+    group_size: PositiveInt | None
     symmetric: bool
-    scheme: str | None
+    scheme: llmc.Scheme | None
 
 
 def quantize(cell: Cell, source: Path, out: Path) -> Built:

@@ -222,6 +222,7 @@ def _compute_in(model: Any, dtype: str) -> None:
         if type(module).__name__ == "Linear4bit":
             module.compute_dtype = getattr(torch, dtype)
             module.compute_type_is_set = True
+            module.weight.quant_state.dtype = getattr(torch, dtype)  # else unpacked in bf16
             if dtype == "float32":
                 module.support_avx512bf16_for_cpu = False
 

@@ -9,6 +9,7 @@ report as their own work and less the time it waited for another sweep's timing.
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import tempfile
@@ -58,9 +59,10 @@ def main(count: int) -> int:
         wall, work = timing["wall_seconds"], timing["work_seconds"]
         print(f"{number:>4} {wall:>8.2f} {work:>8.2f} {overhead:>10.3f}")
     mean = statistics.mean(rows[1:])
+    load = os.getloadavg()[0]
     print(
-        f"first cell {rows[0]:.2f} s (imports); mean of the others {mean:.3f} s, "
-        f"budget {BUDGET_SECONDS} s"
+        f"load average {load:.1f}; first cell {rows[0]:.2f} s (imports); "
+        f"mean of the others {mean:.3f} s, budget {BUDGET_SECONDS} s"
     )
     return 0 if mean <= BUDGET_SECONDS else 1
 

@@ -18,7 +18,7 @@ from pathlib import Path
 CONF = Path(__file__).parent / "conf"
 AXES = {
     "model": "m1,m2,m3,m4,m5",
-    "method": "none,rtn,rtn_fine",
+    "method": "none,rtn,gptq,awq,nf4,int8,rtn_fine,gptq_fine",
     "bits": "2,4,8",
     "runtime": "r1,r2,r3",
     "gpu": "a100_80,h100,l4,h200",

@@ -17,7 +17,6 @@ from qgrid.measure.encoding import Encoder
 from qgrid.runtimes import transformers as runtime
 from qgrid.types import Cell, Job, PlannedCell, Prose, Slice, Slices, Stage
 
-
 WORDS = ("red", "green", "blue", "amber", "cold", "warm", "north", "bridge", "river", "paper")
 
 
