@@ -42,7 +42,8 @@ test-system:  ## Debian packages that the tests use
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "qgrid needs Python 3.11 or later; $(PYTHON) is older. Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment. On Debian: apt-get install python3-venv"; exit 2; }
 
 # torch goes first: a later requirement must find it and not choose another build.
 $(VENV)/main.stamp: $(LOCKS) pyproject.toml | $(VENV)/bin/python

@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return VERBS[verb](rest) if verb else _grid(rest)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `qgrid plan | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _grid(arguments: list[str]) -> int:
@@ -111,7 +114,12 @@ def _on_sweep(verb: str, arguments: list[str], act: Callable[[Path, str | None],
         return _wrong(f"no sweep `{names[0]}` in {out}/sweeps (has: {', '.join(known) or 'none'})")
     if not known:
         return _wrong(f"no sweep in {out}/sweeps; run a grid first, or give out=FOLDER")
-    return act(out.absolute(), names[0] if names else None)
+    try:
+        return act(out.absolute(), names[0] if names else None)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:  # a record or a plan that this version cannot read
+        return _wrong(" ".join(str(error).split()))
 
 
 def _wrong(sentence: str) -> int:

@@ -1,4 +1,4 @@
-"""The door: Hydra and OmegaConf come in, frozen types go out. No other module knows Hydra."""
+"""Composition: overrides in, plain configurations out. No other module composes with Hydra."""
 
 from __future__ import annotations
 
@@ -7,28 +7,12 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from qgrid import codec, registry
-from qgrid.types import (
-    Calibration,
-    Choice,
-    Gpu,
-    KvCache,
-    Method,
-    Model,
-    Runtime,
-    Settings,
-    Slices,
-    Workload,
-)
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -189,100 +173,24 @@ def _product(numbers: Iterator[int]) -> int:
     return result
 
 
-# --- from configurations to frozen types ---------------------------------------------------------
-
-
-class Reader:
-    """Turns configurations into choices; each distinct node is checked once."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, tuple[Any, Any]] = {}
-
-    def choice(self, config: Mapping[str, Any]) -> Choice:
-        """One configuration as a `Choice`.
-
-        Raises:
-            codec.InvalidValue: a key, its value and what is allowed.
-            registry.UnknownName: a method or runtime that is not there.
-        """
-        return Choice(
-            model=self._once(config["model"], Model, "model"),
-            method=self._once(config["method"], Method, "method"),
-            bits=_bits(config["bits"]),
-            runtime=self._once(config["runtime"], Runtime, "runtime"),
-            gpu=self._once(config["gpu"], Gpu, "gpu"),
-            kv_cache=self._once(config["kv_cache"], KvCache, "kv_cache"),
-            calibration=self._once(config["calibration"], Calibration, "calibration"),
-            slices=self._once(config["slices"], Slices, "slices"),
-            workload=self._once(config["workload"], Workload, "workload"),
-            context=_whole_number("context", config["context"], least=1),
-            seed=_whole_number("seed", config["seed"], least=0),
-        )
-
-    def _once(self, node: Mapping[str, Any], kind: type[T], key: str) -> T:
-        if id(node) not in self._seen:
-            _refuse_missing(node, key)
-            self._seen[id(node)] = (node, _READERS.get(kind, codec.convert)(kind, node, key))
-        return self._seen[id(node)][1]  # type: ignore[no-any-return]
-
-
-def settings(config: Mapping[str, Any]) -> Settings:
-    """The keys that say how a sweep runs."""
-    return codec.convert(Settings, {f.name: config[f.name] for f in fields(Settings)})
-
-
-def _method(_: type, node: Mapping[str, Any], key: str) -> Method:
-    name = _name(node, key)
-    options = {name: value for name, value in node.items() if name != "name"}
-    return Method(name, codec.plain(codec.convert(registry.method(name).Options, options, key)))
-
-
-def _runtime(_: type, node: Mapping[str, Any], key: str) -> Runtime:
-    name = _name(node, key)
-    own = {f.name for f in fields(Runtime)}
-    options = {name: value for name, value in node.items() if name not in own}
-    checked = codec.plain(codec.convert(registry.runtime(name).Options, options, key))
-    known = {name: value for name, value in node.items() if name in own}
-    return codec.convert(Runtime, {**known, "options": checked}, key)
-
-
-_READERS: dict[type, Any] = {Method: _method, Runtime: _runtime}
-
-
-def _refuse_missing(node: Mapping[str, Any], key: str) -> None:
-    """Hydra's mark for a value that the user must give is `???`."""
-    for name, value in node.items():
-        if value == "???":
-            raise codec.InvalidValue(f"`{key}.{name}` has no value; give one: `{key}.{name}=...`")
-
-
-def _name(node: Mapping[str, Any], key: str) -> str:
-    name = node.get("name")
-    if not isinstance(name, str):
-        raise codec.InvalidValue(f"`{key}.name={name}` should be the name of a {key}")
-    return name
-
-
-def _bits(value: Any) -> int | None:
-    return None if value is None else _whole_number("bits", value, least=1)
-
-
-def _whole_number(key: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise codec.InvalidValue(f"`{key}={value}` should be a whole number, {least} or more")
-    return value
-
-
 # --- Hydra's side --------------------------------------------------------------------------------
 
+_LIST_OF_STATUSES = re.compile(r"^(rerun=)([a-z_]+(?:,[a-z_]+)+)$")  # a list, never an axis
 
-def parse(arguments: Sequence[str], params: Mapping[str, Any] | None) -> list[Override]:
-    """Override lines, after the axes of a committed grid, which they replace key by key."""
+
+def parse(
+    arguments: Sequence[str], params: Mapping[str, Any] | None, loader: Any = None
+) -> list[Override]:
+    """Override lines, after the axes of a committed grid, which they replace key by key.
+
+    `loader` is Hydra's; `method=glob(*)` asks it for the choices of a group.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     committed = [f"{key}={value}" for key, value in (params or {}).items()]
     latest: dict[str, Override] = {}
-    for item in OverridesParser.create().parse_overrides([*committed, *arguments]):
+    lines = [_LIST_OF_STATUSES.sub(r"\1[\2]", line) for line in [*committed, *arguments]]
+    for item in OverridesParser.create(loader).parse_overrides(lines):
         latest[item.get_key_element()] = item
     return list(latest.values())
 

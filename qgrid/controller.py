@@ -88,7 +88,6 @@ class Sweep:
                     self.records[each.cell_id] = known[each.cell_id]
                     self.progress.end(each, known[each.cell_id], False, REMARKS[decision])
                     continue
-                mirror.begin()
                 record = self._record(each, decision, pipeline)
                 self.records[each.cell_id] = record
                 records.write(self._store, record)

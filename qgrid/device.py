@@ -14,7 +14,7 @@ from qgrid.types import Gpu
 QUERY = ("index", "uuid", "name", "memory.total", "compute_cap", "driver_version")
 NVIDIA_SMI = "nvidia-smi"
 SMI_SECONDS = 20.0
-MEMORY_TOLERANCE = 0.12  # data sheets say 80 where the driver says 79.6, and 141 GB is 131.3 GiB
+MEMORY_TOLERANCE = 0.12  # data sheets say 80 where the driver says 79.6, and 24 where it says 22.5
 
 
 def describe() -> Gpu:

@@ -18,7 +18,11 @@ def _methods(kind: str) -> Iterator[str]:
     yield ""
     yield f"{'method':<14}{'bits':<12}{'makes':<34}state"
     for name in sorted(registry.names("methods")):
-        support = registry.method(name).SUPPORTS
+        try:
+            support = registry.method(name).SUPPORTS
+        except registry.BrokenModule as error:
+            yield f"{name:<14}{error}"
+            continue
         absent = facts.missing(support.packages)
         state = "works here" if absent is None else absent
         if support.needs_gpu and kind == "cpu":
@@ -31,9 +35,13 @@ def _methods(kind: str) -> Iterator[str]:
 def _runtimes(kind: str) -> Iterator[str]:
     yield f"{'runtime':<14}state"
     for name in sorted(registry.names("runtimes")):
-        loads = registry.runtime(name).LOADS
+        try:
+            loads = registry.runtime(name).LOADS
+        except registry.BrokenModule as error:
+            yield f"{name:<14}{error}"
+            continue
         readable = {k: v for k, v in loads.loads.items() if k == kind}
         absent = facts.missing(loads.packages)
-        state = "works here" if readable and absent is None else absent
         formats = ",".join(next(iter(readable.values()), ("nothing",)))
-        yield f"{name:<14}{state}; loads {formats}"
+        state = "works here" if absent is None else absent
+        yield f"{name:<14}{state if readable else f'does not run on {kind}'}; loads {formats}"

@@ -20,6 +20,7 @@ class Architecture:
     vocab: int
     tied: bool
     num_parameters: int | None = None
+    positions: int | None = None  # the longest sequence that the model was made for
 
     @property
     def linear_weights(self) -> int:

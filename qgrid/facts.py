@@ -19,6 +19,13 @@ from qgrid.types import Calibration, Gpu, Model, Slices
 T = TypeVar("T")
 
 
+AUTO = Gpu("auto", "cpu", "", None, 0.0, None, 1)  # `conf/gpu/auto.yaml`
+
+
+class FixedDevice(ValueError):
+    """`gpu=auto` with keys of its own, which the description of this machine would replace."""
+
+
 class Facts:
     """Identities of models, slices and calibration sets; this machine; locked versions."""
 
@@ -56,8 +63,19 @@ class Facts:
         return self._once("architecture", model, _architecture)
 
     def gpu(self, gpu: Gpu) -> Gpu:
-        """`gpu=auto` as this machine, any other as it is."""
-        return self.machine if gpu.name == "auto" else gpu
+        """`gpu=auto` as this machine, any other as it is.
+
+        Raises:
+            FixedDevice: keys of `gpu=auto` were overridden.
+        """
+        if gpu.name != AUTO.name:
+            return gpu
+        if gpu != AUTO:
+            raise FixedDevice(
+                "`gpu=auto` is this machine as it is found, so `gpu.*` cannot be overridden; "
+                "choose a device, such as `gpu=h100`, to change its keys"
+            )
+        return self.machine
 
     @cached_property
     def machine(self) -> Gpu:
@@ -75,7 +93,10 @@ def _architecture(model: Model) -> Architecture | None:
     folder = models.located(model)
     if folder is None:
         return None
-    sizes = models.architecture(folder)
+    try:
+        sizes = models.architecture(folder)
+    except KeyError:  # a config that names its sizes otherwise, such as GPT-2's
+        return None
     known = {field.name: sizes[field.name] for field in fields(Architecture)}
     return None if known["intermediate"] is None else Architecture(**known)
 

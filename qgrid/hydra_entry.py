@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from qgrid import codec, config, plan, registry, sweep
+from qgrid import config, sweep
 from qgrid.types import Choice, Settings
 
 _SEEN_BY_HYDRA = re.compile(r"[~+]*(hydra\b|sweeps\b)")
@@ -23,6 +23,7 @@ def enter(arguments: list[str]) -> int:
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     sys.path.insert(0, str(PLUGINS))
     sys.argv = ["qgrid", *_for_hydra(arguments)]
@@ -35,17 +36,14 @@ def enter(arguments: list[str]) -> int:
     expected = (
         HydraException,
         OmegaConfBaseException,
-        config.GridError,
-        codec.InvalidValue,
-        registry.UnknownName,
-        plan.EmptyGrid,
-        plan.WidthConflict,
-        FileNotFoundError,
+        YAMLError,
+        ValueError,  # of qgrid's own kinds, and Hydra's for `model=null`
+        OSError,
     )
     try:
         entry()
     except expected as error:
-        if wants_trace:
+        if wants_trace or isinstance(error, BrokenPipeError):
             raise
         print(f"qgrid: {sentence(error)}", file=sys.stderr)  # noqa: T201
         return 2
@@ -63,16 +61,18 @@ def _for_hydra(arguments: list[str]) -> list[str]:
     """
     from hydra._internal.utils import get_args_parser
 
-    args = get_args_parser().parse_args(arguments)
+    args = get_args_parser().parse_intermixed_args(arguments)  # flags may stand anywhere
+    flags = [argument for argument in arguments if argument not in args.overrides]
     if args.cfg or args.info or args.hydra_help or args.shell_completion:
-        return arguments
-    held = [line for line in args.overrides if not _SEEN_BY_HYDRA.match(line)]
-    sweep.OVERRIDES.set(tuple(held))
-    return [argument for argument in arguments if argument not in held]
+        return [*flags, *args.overrides]
+    seen = [line for line in args.overrides if _SEEN_BY_HYDRA.match(line)]
+    sweep.OVERRIDES.set(tuple(line for line in args.overrides if line not in seen))
+    return [*flags, *seen]
 
 
 def _nothing(_: Any) -> None:
-    """Hydra wants a task; the sweeper does all the work."""
+    """Hydra wants a task; the sweeper does all the work, unless `hydra.mode` goes around it."""
+    raise config.GridError("`hydra.mode=RUN` would run nothing; leave `hydra.mode` out")
 
 
 def sentence(error: BaseException) -> str:
@@ -85,9 +85,13 @@ def sentence(error: BaseException) -> str:
     ):
         return _unknown_choice(*choice.groups())
     if key := re.match(r"Could not override '([^']+)'", text):
+        if key[1] in _keys():
+            return (
+                f"`{key[1]}` takes the name of a choice; its keys are given as `{key[1]}.KEY=...`"
+            )
         return f"`{key[1]}` is not a known key{_near_key(key[1])}; `qgrid --help` lists the keys"
-    cause = f" ({' '.join(str(error.__cause__).split())})" if error.__cause__ is not None else ""
-    return text + cause
+    cause = "" if error.__cause__ is None else " ".join(str(error.__cause__).split())
+    return text if cause in text else f"{text} ({cause})"
 
 
 def _unknown_choice(group: str, name: str, options: str | None) -> str:
@@ -98,9 +102,12 @@ def _unknown_choice(group: str, name: str, options: str | None) -> str:
 
 
 def _near_key(key: str) -> str:
-    known = [field.name for kind in (Choice, Settings) for field in fields(kind)]
-    near = difflib.get_close_matches(key, known, n=1)
+    near = difflib.get_close_matches(key, _keys(), n=1)
     return f"; did you mean `{near[0]}`?" if near else ""
+
+
+def _keys() -> list[str]:
+    return [field.name for kind in (Choice, Settings) for field in fields(kind)]
 
 
 def _plain_warning(message: Warning | str, *_: Any, **__: Any) -> str:

@@ -54,11 +54,20 @@ def resolve(model: Model) -> Path:
 
 
 def located(model: Model) -> Path | None:
-    """The folder of a checkpoint that is on this machine already, without network; else None."""
+    """The folder of a checkpoint that is on this machine already, without network; else None.
+
+    Raises:
+        ModelNotFound: a folder that holds no checkpoint.
+    """
     if model.id == EMBEDDED:
         return demo.MODEL_DIR if (demo.MODEL_DIR / "config.json").is_file() else None
     folder = Path(model.id).expanduser()
-    if folder.is_dir():
+    if model.id and folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelNotFound(
+                f"`model.id={model.id}` is a folder without `config.json`; give the folder of a "
+                "checkpoint"
+            )
         return folder.resolve()
     if _is_path(model.id):
         return None
@@ -72,11 +81,12 @@ def identity(model: Model, cache: HashCache | None = None) -> dict[str, str]:
     """What of the model enters the artifact id.
 
     The content of the files for the embedded model and a local folder, wherever it lies; id and
-    revision for a hub id, which may not have been downloaded yet.
+    revision for a hub id, which may not have been downloaded yet, and whether its code may run.
     """
     local = model.id == EMBEDDED or _is_path(model.id) or Path(model.id).expanduser().is_dir()
     if not local:
-        return {"id": model.id, "revision": str(model.revision)}
+        runs = {"trust_remote_code": "yes"} if model.trust_remote_code else {}
+        return {"id": model.id, "revision": str(model.revision), **runs}
     folder = resolve(model)
     hashes = {
         path.name: cache.sha256(path) if cache else sha256(path)
@@ -108,7 +118,7 @@ def resource(path: str) -> Path:
     """
     if path.startswith("package:"):
         package, _, rest = path.removeprefix("package:").partition("/")
-        places = [Path(str(files(package))) / rest]
+        places = [_inside(package, path) / rest]
     else:
         wanted = Path(path).expanduser()
         extra = [Path(root) for root in os.environ.get("QGRID_CONFIG_DIR", "").split(":") if root]
@@ -119,6 +129,15 @@ def resource(path: str) -> Path:
             return place
     looked = ", ".join(str(place) for place in places)
     raise FileNotFoundError(f"no file `{path}` (looked for {looked}); correct the path")
+
+
+def _inside(package: str, path: str) -> Path:
+    try:
+        return Path(str(files(package)))
+    except (ModuleNotFoundError, ValueError):
+        raise FileNotFoundError(
+            f"no file `{path}`: there is no package `{package}`; correct the path or install it"
+        ) from None
 
 
 def architecture(folder: Path) -> dict[str, Any]:
@@ -161,7 +180,7 @@ def _num_parameters(folder: Path) -> int | None:
 
 def _is_path(name: str) -> bool:
     """Whether an id can only be a path: hub ids have one slash and no leading `.`, `/` or `~`."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+    return not name or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _download(model: Model, offline: bool) -> Path:

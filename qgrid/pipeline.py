@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qgrid import artifacts, endings, files, preload, records, redact, registry
+from qgrid import artifacts, codec, endings, files, preload, records, redact, registry
 from qgrid.processes import UnknownInterpreter, Worker, WorkerLost
 from qgrid.types import (
     Check,
@@ -88,6 +88,7 @@ class Pipeline:
         for worker in self._workers.values():
             worker.close()
         self._workers.clear()
+        redact.file(self._log)
         self._clear_building()
 
     def _clear_building(self) -> None:
@@ -207,17 +208,18 @@ class Pipeline:
             store=str(self._store),
             verify=self._settings.verify,
         )
-        records.save(out / "job.json", job)
+        # as it is: the stage must find the paths, and `config` lets no secret into a cell
+        files.write_atomic(out / "job.json", codec.dumps(job, indent=1) + "\n", durable=False)
         self._announce(stage)
         limit: float = getattr(self._settings.limits, stage)
         with contextlib.ExitStack() as held:
+            held.callback(redact.file, out / "log.txt")  # also when interrupted
             with outcome.timed("waited"):
                 held.enter_context(machine(alone=stage == "speed"))
             try:
                 ended = self._worker(stage, planned).run(out / "job.json", limit)
             except (WorkerLost, UnknownInterpreter) as error:
                 return endings.lost(stage, str(error))
-        redact.file(out / "log.txt")
         return endings.result(stage, ended, out, limit)
 
     def _worker(self, stage: Stage, planned: PlannedCell) -> Worker:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qgrid import codec, estimate, registry
+from qgrid import codec, estimate, legality, registry
 from qgrid import facts as lookups
-from qgrid.types import Cell, Choice, Method, MethodSupport, PlannedCell, Status
+from qgrid.types import Cell, Choice, Method, MethodSupport, PlannedCell
 
 if TYPE_CHECKING:
     from qgrid.facts import Facts
@@ -25,15 +25,6 @@ class EmptyGrid(ValueError):
 
 class WidthConflict(ValueError):
     """`bits` and an option of the method name different widths."""
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a cell will not run: the status, the rule's name and one sentence."""
-
-    status: Status
-    rule: str
-    reason: str
 
 
 def build(choices: Iterable[Choice], facts: Facts) -> list[PlannedCell]:
@@ -64,7 +55,7 @@ def build(choices: Iterable[Choice], facts: Facts) -> list[PlannedCell]:
     return _ordered(list(cells.values()))
 
 
-def _planned(choice: Choice, facts: Facts) -> tuple[PlannedCell, Refusal | None]:
+def _planned(choice: Choice, facts: Facts) -> tuple[PlannedCell, legality.Refusal | None]:
     support = registry.method(choice.method.name).SUPPORTS
     bits, notes = _width(choice, support)
     cell = Cell(
@@ -81,7 +72,7 @@ def _planned(choice: Choice, facts: Facts) -> tuple[PlannedCell, Refusal | None]
         seed=choice.seed,
     )
     predicted = _predicted(cell, facts)
-    refusal = _refusal(cell, support, predicted)
+    refusal = legality.refusal(cell, support, predicted, facts)
     planned = _identified(cell, facts, added=False)
     return (
         replace(
@@ -111,80 +102,6 @@ def _width(choice: Choice, support: MethodSupport) -> tuple[int, tuple[str, ...]
     if asked is None:
         asked = support.default_bits if implied is None else implied
     return asked, ()
-
-
-def _refusal(cell: Cell, support: MethodSupport, predicted: dict[str, float]) -> Refusal | None:
-    """The first rule that a cell breaks, from what method and runtime declare; None if legal."""
-    return (
-        _refused_width(cell, support)
-        or _refused_packages(cell, support)
-        or _refused_by_method(cell)
-        or _refused_by_runtime(cell, support)
-        or _refused_by_memory(cell, predicted)
-    )
-
-
-def _refused_width(cell: Cell, support: MethodSupport) -> Refusal | None:
-    if cell.bits in support.bits:
-        return None
-    reason = _no_such_width(cell.method.name, cell.bits, support)
-    return Refusal("unsupported", "bits", reason)
-
-
-def _refused_packages(cell: Cell, support: MethodSupport) -> Refusal | None:
-    loads = registry.runtime(cell.runtime.name).LOADS
-    for name, packages in (
-        (cell.method.name, support.packages),
-        (cell.runtime.name, loads.packages),
-    ):
-        if absent := lookups.missing(packages):
-            return Refusal("unsupported", "packages", f"`{name}` {absent}")
-    if support.needs_gpu and cell.gpu.kind == "cpu":
-        reason = f"method `{cell.method.name}` needs a GPU to quantize"
-        return Refusal("unsupported", "device", reason)
-    return None
-
-
-def _refused_by_method(cell: Cell) -> Refusal | None:
-    """What the method itself says about this model, such as a group size that does not divide."""
-    own = getattr(registry.method(cell.method.name), "refusal", None)
-    reason = None if own is None else own(cell)
-    return None if reason is None else Refusal("unsupported", "method", reason)
-
-
-def _refused_by_runtime(cell: Cell, support: MethodSupport) -> Refusal | None:
-    loads = registry.runtime(cell.runtime.name).LOADS
-    where = f"runtime `{cell.runtime.name}` on {cell.gpu.kind}"
-    made, readable = support.produces[cell.bits], loads.loads.get(cell.gpu.kind, ())
-    if made not in readable:
-        reason = f"{where} does not load `{made}` (loads: {_list(readable)})"
-        return Refusal("unsupported", "format", reason)
-    intents = loads.kv_cache.get(cell.gpu.kind, ())
-    if cell.kv_cache.name not in intents:
-        reason = f"{where} has no `kv_cache={cell.kv_cache.name}` (has: {_list(intents)})"
-        return Refusal("unsupported", "kv_cache", reason)
-    return None
-
-
-def _refused_by_memory(cell: Cell, predicted: dict[str, float]) -> Refusal | None:
-    need = predicted.get("total_bytes", 0) / estimate.GIB
-    room = cell.gpu.memory_gib * cell.gpu.count
-    if need <= room:
-        return None
-    reason = f"weights and KV cache take {need:.2f} GiB; {cell.gpu.name} has {room:.2f} GiB"
-    return Refusal("does_not_fit", "memory", reason)
-
-
-def _no_such_width(method: str, bits: int, support: MethodSupport) -> str:
-    others = [
-        name
-        for name in sorted(registry.names("methods"))
-        if name != method and bits in registry.method(name).SUPPORTS.bits
-    ]
-    advice = f"; use `method={others[0]}`" if others else ""
-    if len(others) > 1:
-        advice = f"; methods with {bits} bits: {', '.join(others)}"
-    return f"method `{method}` has no `bits={bits}` (has: {_list(support.bits)}){advice}"
 
 
 def _predicted(cell: Cell, facts: Facts) -> dict[str, float]:
@@ -247,7 +164,7 @@ def _quality_id(cell: Cell, artifact_id: str, base_artifact_id: str, facts: Fact
 
 
 def _cell_id(cell: Cell, quality_id: str, facts: Facts) -> str:
-    parts = [cell.model.name, cell.gpu.name, cell.gpu.count, cell.slices.name]
+    parts = [cell.model.name, facts.digest(cell.gpu), cell.slices.name]
     timing = [cell.runtime.speed_dtype, cell.runtime.threads]
     return codec.digest([quality_id, *parts, *timing, facts.digest(cell.workload)])
 
@@ -270,7 +187,7 @@ def _baseline(planned: PlannedCell, facts: Facts) -> PlannedCell:
         return planned
     predicted = _predicted(cell, facts)
     added = replace(_identified(cell, facts, added=True), predicted=predicted)
-    refusal = _refusal(cell, registry.method(cell.method.name).SUPPORTS, predicted)
+    refusal = legality.refusal(cell, registry.method(cell.method.name).SUPPORTS, predicted, facts)
     if refusal is None:
         return added
     return replace(added, status=refusal.status, reason=refusal.reason)
@@ -299,7 +216,3 @@ def _emptied(rules: Counter[str], first: Mapping[str, str]) -> str:
 
 def _joined(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*first, *second]))
-
-
-def _list(names: Iterable[object]) -> str:
-    return ", ".join(str(name) for name in names) or "nothing"

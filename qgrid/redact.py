@@ -48,10 +48,10 @@ _PATTERNS = tuple(
 _SUSPECT = re.compile(
     r"[=:@]|(?i:bearer|basic)\s|hf_|wandb_|gh[pousr]_|github_pat_|glpat-|sk-|xox|AKIA|ASIA|eyJ"
 )
-# 40 hex digits are a W&B key, unless they stand where a git commit stands.
+# 40 hex digits are a W&B key, unless they stand where a git commit stands, as in a path.
 _HEX40 = re.compile(
     r"(?<![0-9a-fA-F])"
-    r"(?<!snapshots/)(?<!resolve/)(?<!commit/)(?<!commit )(?<!tree/)(?<!blob/)(?<!revision=)"
+    r"(?<!/)(?<!commit )(?<!revision=)"
     r"(?<!revision )(?<!revision': ')(?<!revision\": \")(?<!@)"
     r"[0-9a-f]{40}(?![0-9a-fA-F])"
 )

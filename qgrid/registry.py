@@ -19,6 +19,10 @@ class UnknownName(ValueError):
     """A name that no file and no entry point provides."""
 
 
+class BrokenModule(ValueError):
+    """A method or runtime whose module cannot be imported; the message says why."""
+
+
 @cache
 def names(kind: Kind) -> dict[str, str]:
     """Name -> importable module, qgrid's own first; files with a leading underscore are private."""
@@ -28,7 +32,7 @@ def names(kind: Kind) -> dict[str, str]:
         for module in pkgutil.iter_modules(package.__path__)
         if not module.name.startswith("_")
     }
-    theirs = {point.name: point.value for point in entry_points(group=f"qgrid.{kind}")}
+    theirs = {point.name: point.module for point in entry_points(group=f"qgrid.{kind}")}
     return theirs | own
 
 
@@ -37,6 +41,7 @@ def method(name: str) -> MethodModule:
 
     Raises:
         UnknownName: no such method; the message lists the known ones.
+        BrokenModule: its module cannot be imported.
     """
     return cast("MethodModule", _load("methods", name))
 
@@ -46,6 +51,7 @@ def runtime(name: str) -> RuntimeModule:
 
     Raises:
         UnknownName: no such runtime; the message lists the known ones.
+        BrokenModule: its module cannot be imported.
     """
     return cast("RuntimeModule", _load("runtimes", name))
 
@@ -58,4 +64,9 @@ def _load(kind: Kind, name: str) -> Any:
         raise UnknownName(
             f"`{kind[:-1]}={name}` is unknown (has: {', '.join(sorted(known))}){hint}"
         )
-    return importlib.import_module(known[name])
+    try:
+        return importlib.import_module(known[name])
+    except ImportError as error:
+        raise BrokenModule(
+            f"`{kind[:-1]}={name}` cannot be imported from `{known[name]}`: {error}"
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import traceback
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,12 @@ from qgrid.types import Failure, StageResult, Status
 if TYPE_CHECKING:
     from qgrid.types import Job
 
-_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory")
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",  # of the driver, beside torch's allocator
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def run(job: Job) -> StageResult:
@@ -58,6 +64,8 @@ def _status(error: Exception) -> Status:
 def _is_out_of_memory(error: Exception) -> bool:
     """Memory errors of Python and of torch, whose CPU allocator raises a plain RuntimeError."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY)
 

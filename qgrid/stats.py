@@ -86,12 +86,15 @@ def bootstrap_mean(
     clusters: Sequence[Any] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """95 % percentile interval of the mean; whole clusters are drawn.
 
-    For paired differences this is the paired bootstrap.
+    For paired differences this is the paired bootstrap. None for fewer than two clusters, which
+    say nothing of their spread.
     """
     sums, counts = cluster_sums(values, clusters)
+    if len(sums) < 2:
+        return None
     means = np.concatenate(list(_resampled_means(sums, counts, resamples, seed)))
     return percentile(means, 0.025), percentile(means, 0.975)
 

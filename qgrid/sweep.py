@@ -8,12 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import codec, config, plan
+from qgrid import choices, codec, config, plan
 from qgrid.facts import Facts
 from qgrid.files import HashCache, write_atomic
 from qgrid.types import PlannedCell, Settings
 
 if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
     from hydra.plugins.launcher import Launcher
 
 OVERRIDES: ContextVar[tuple[str, ...]] = ContextVar("OVERRIDES", default=())  # of the grid
@@ -22,14 +23,13 @@ PLAN_ONLY: ContextVar[bool] = ContextVar("PLAN_ONLY", default=False)  # set by `
 
 def run(
     compose: config.Compose,
-    params: Mapping[str, Any] | None,
-    arguments: Sequence[str],
+    overrides: Sequence[Override],
     launcher: Launcher,
 ) -> None:
     """Plan the grid; print it for `qgrid plan`, else launch it and exit with its code."""
-    grid = config.expand(compose, config.parse([*arguments, *OVERRIDES.get()], params))
+    grid = config.expand(compose, overrides)
     _refuse_swept_settings(grid)
-    settings = config.settings(grid.fixed)
+    settings = choices.settings(grid.fixed)
     planned = planned_cells(grid, Path(settings.out))
     if PLAN_ONLY.get():
         from qgrid.report import plan_table
@@ -43,7 +43,7 @@ def run(
 
 def planned_cells(grid: Iterable[Mapping[str, Any]], out: Path) -> list[PlannedCell]:
     """The plan of a composed grid; content hashes are remembered in `out`."""
-    reader = config.Reader()
+    reader = choices.Reader()
     facts = Facts(HashCache(out / "hashes.json"))
     return plan.build((reader.choice(each) for each in grid), facts)
 
@@ -73,13 +73,13 @@ def run_cells(plan_file: str, cell_ids: Sequence[str]) -> int:
     wanted = set(cell_ids)
     cells = [planned for planned in read_plan(Path(plan_file)) if planned.cell_id in wanted]
     code = controller.run(cells, settings, folder)
-    if code != controller.INTERRUPTED:
+    if code not in (controller.INTERRUPTED, controller.UNREADABLE):
         report.rewrite(folder.parents[1], folder.name)
     return code
 
 
 def _refuse_swept_settings(grid: config.Grid) -> None:
-    constant = {field.name for field in fields(Settings)}
+    constant = {field.name for field in fields(Settings)} | {"sweeps"}
     for axis in grid.axes:
         if axis.key in constant:
             raise config.GridError(

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
 Status = Literal[
     "ok",
     "unsupported",  # no library makes or runs this combination; refused before any work
@@ -61,7 +63,7 @@ class Runtime:
     name: str
     dtype: Literal["float32", "bfloat16", "float16"]
     speed_dtype: Literal["float32", "bfloat16", "float16"]
-    threads: int | None  # None: all physical cores
+    threads: PositiveInt | None  # None: all physical cores
     options: Mapping[str, Any]
 
 
@@ -73,9 +75,9 @@ class Gpu:
     kind: DeviceKind
     match: str  # case-insensitive part of the device name that the driver reports
     capability: str | None  # "sm_90"; None for a CPU
-    memory_gib: float
-    bandwidth_gb_s: float | None
-    count: int
+    memory_gib: NonNegativeFloat
+    bandwidth_gb_s: PositiveFloat | None
+    count: PositiveInt
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,8 @@ class Calibration:
     revision: str | None
     split: str
     text_field: str
-    samples: int
-    length: int  # tokens a sample
+    samples: PositiveInt
+    length: PositiveInt  # tokens a sample
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ class Slice:
     path: str
     scoring: Scoring
     chat: bool  # wrap the prompt in the model's chat template
-    limit: int | None  # the first n items, spread over levels; None: all
-    max_new_tokens: int
+    limit: PositiveInt | None  # the first n items, spread over levels; None: all
+    max_new_tokens: PositiveInt
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Prose:
     """Plain text for perplexity and KL divergence."""
 
     path: str
-    tokens: int | None  # at most so many; None: all
+    tokens: PositiveInt | None  # at most so many; None: all
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,11 @@ class Workload:
     """The shape of a timing run. Prompts are unique; end-of-sequence is ignored."""
 
     name: str
-    prompt_tokens: int
-    output_tokens: int
-    concurrency: tuple[int, ...]  # batch 1 is always measured, and first
-    warmup: int
-    repeats: int
+    prompt_tokens: PositiveInt
+    output_tokens: PositiveInt
+    concurrency: tuple[PositiveInt, ...]  # batch 1 is always measured, and first
+    warmup: NonNegativeInt
+    repeats: PositiveInt
 
 
 @dataclass(frozen=True)
@@ -170,9 +172,9 @@ class Choice:
 class Limits:
     """Seconds that a stage may take before its cell becomes `timeout`."""
 
-    artifact: float
-    quality: float
-    speed: float
+    artifact: PositiveFloat
+    quality: PositiveFloat
+    speed: PositiveFloat
 
 
 @dataclass(frozen=True)

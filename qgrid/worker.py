@@ -45,7 +45,7 @@ SETTINGS = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TQDM_DISABLE": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin at a barrier stop each other on a busy machine
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin at a barrier stop each other when it is busy
 }
 
 

@@ -21,7 +21,22 @@ CHAT = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-WORDS = "red green blue amber cold warm north south bridge river seven eleven paper stone".split()
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "amber",
+    "cold",
+    "warm",
+    "north",
+    "south",
+    "bridge",
+    "river",
+    "seven",
+    "eleven",
+    "paper",
+    "stone",
+]
 
 
 def write_tokenizer(folder: Path, vocab: int = 512) -> None:

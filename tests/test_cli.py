@@ -40,6 +40,23 @@ def qgrid(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess
         (["slices.items.code.path=gone.jsonl"], ["gone.jsonl"]),
         (["report"], ["no sweep"]),
         (["plan", "method=rtn", "kv_cache=int3"], ["int3", "auto16"]),
+        (["~calibration"], ["`calibration` is missing"]),
+        (["+contxt=5"], ["contxt", "did you mean `context`"]),
+        (["method={a: 1}"], ["`method` takes the name of a choice"]),
+        (["model=null"], ["NoneType"]),
+        (["hydra.mode=RUN"], ["hydra.mode=RUN", "leave"]),
+        (["hydra/sweeper=basic"], ["hydra/sweeper=qgrid"]),
+        (["hydra/launcher=basic"], ["hydra/launcher=local"]),
+        (["+sweeps=demo,bits"], ["sweeps", "cannot be swept"]),
+        (["name=../../x"], ["name=", "letters"]),
+        (["name="], ["name=", "letters"]),
+        (["rerun=oom,opps"], ["rerun=opps", "timeout", "stale"]),
+        (["gpu.memory_gib=9"], ["gpu=auto", "gpu=h100"]),
+        (["context=5000"], ["context", "5000", "4096"]),
+        (["model=hf", "model.id=."], ["model.id=.", "config.json"]),
+        (["model=hf", "model.id=''"], ["model.id=", "folder"]),
+        (["method=rtn", "slices.items.code.path=package:nope.nope/x"], ["nope.nope", "package"]),
+        (["plan", "out=/dev/null/x"], ["Not a directory", "/dev/null/x"]),
     ],
 )
 def test_a_wrong_command_is_one_sentence(
@@ -52,6 +69,7 @@ def test_a_wrong_command_is_one_sentence(
     for word in words:
         assert word in done.stderr
     assert not (tmp_path / "outputs" / "sweeps").exists()
+    assert not (tmp_path / "multirun.yaml").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["report", "-h"]])
@@ -82,6 +100,60 @@ def test_a_key_that_only_the_swept_choices_have(tmp_path: Path) -> None:
     done = qgrid("plan", "-m", "method=rtn,gptq", "method.group_size=64", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("3 cells: 3 run (1 baseline added)")
+
+
+def test_a_broken_file_of_a_user_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "own" / "gpu").mkdir(parents=True)
+    (tmp_path / "own" / "gpu" / "torn.yaml").write_text("name: [x\n  y: :\n")
+    done = qgrid("plan", "bits=4", "--config-dir", "own", "gpu=torn", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "torn.yaml" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_plan_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    folder = tmp_path / "outputs" / "sweeps" / "old"
+    folder.mkdir(parents=True)
+    (folder / "plan.jsonl").write_text('{"cell_id": "x"}\n')
+    for verb in ("report", "sync"):
+        done = qgrid(verb, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "`artifact_id` is missing" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qgrid", "plan", "bits=null", "seed=range(0,2000)"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def test_a_method_whose_module_is_broken_is_one_sentence(tmp_path: Path) -> None:
+    own = own_folder(tmp_path)
+    (tmp_path / "site" / "their_method.py").write_text("import no_such_library\n")
+    done = qgrid(
+        "plan", "method=mine", "--config-dir", str(own), cwd=tmp_path,
+        PYTHONPATH=str(tmp_path / "site"),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "`method=mine` cannot be imported from `their_method`" in done.stderr
+    assert done.stderr.count("no_such_library") == 1
+    assert len(done.stderr.splitlines()) == 1
+    doctor = qgrid("doctor", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert doctor.returncode == 0, doctor.stderr
+    assert "no_such_library" in doctor.stdout
+
+
+def test_glob_takes_the_choices_of_a_group(tmp_path: Path) -> None:
+    done = qgrid("plan", "method=glob(*,exclude=[none,int8])", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("5 cells: 5 run (1 baseline added)")
 
 
 def test_a_committed_grid_begins_with_its_command() -> None:

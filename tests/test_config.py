@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qgrid import codec, config, registry
+from qgrid import choices, codec, config, registry
 
 
 def grid(compose: config.Compose, *overrides: str) -> config.Grid:
@@ -76,7 +76,7 @@ def test_every_shipped_choice_is_valid(compose: config.Compose) -> None:
         if file.parent.name in {"hydra", "tracking"} or "???" in file.read_text():
             continue  # `???` is for the user to give
         values = compose([f"{file.parent.name}={file.stem}"]).values
-        choice = config.Reader().choice(values)
+        choice = choices.Reader().choice(values)
         assert getattr(choice, file.parent.name).name == file.stem
 
 
@@ -95,6 +95,9 @@ def test_files_and_yaml_name_the_same_methods_and_runtimes() -> None:
         ("context=0", ["context=0", "1 or more"]),
         ("runtime.dtype=fp8", ["runtime.dtype", "fp8", "float32"]),
         ("workload.repeats=true", ["workload.repeats", "true", "integer"]),
+        ("workload.repeats=0", ["workload.repeats=0", "greater than 0"]),
+        ("calibration.samples=-1", ["calibration.samples=-1", "greater than 0"]),
+        ("slices.items.code.limit=0", ["slices.items.code.limit=0", "greater than 0"]),
         ("method.name=gptqq", ["gptqq", "did you mean `gptq`"]),
     ],
 )
@@ -103,10 +106,29 @@ def test_a_wrong_value_names_key_value_and_what_is_allowed(
 ) -> None:
     values = compose(["method=rtn", override]).values
     with pytest.raises((codec.InvalidValue, registry.UnknownName)) as caught:
-        config.Reader().choice(values)
+        choices.Reader().choice(values)
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_secret_in_a_configuration_is_refused_before_it_is_written(
+    compose: config.Compose,
+) -> None:
+    address = "'https://alice:wonderland1@example.org/model'"
+    values = compose(["model=hf", f"model.id={address}"]).values
+    with pytest.raises(codec.InvalidValue, match=r"`model\.id` holds a secret") as caught:
+        choices.Reader().choice(values)
+    assert "wonderland1" not in str(caught.value)
+    values = compose([f"tracking.entity={address}"]).values
+    with pytest.raises(codec.InvalidValue, match="`tracking` holds a secret"):
+        choices.settings(values)
+
+
+@pytest.mark.parametrize("asked", ["rerun=oom,stale", "rerun=[oom,stale]"])
+def test_statuses_to_repeat_are_a_list_and_no_axis(compose: config.Compose, asked: str) -> None:
+    assert choices.settings(grid(compose, asked).fixed).rerun == ("oom", "stale")
+    assert choices.settings(grid(compose, "rerun=oom").fixed).rerun == ("oom",)
 
 
 def test_committed_axes_are_replaced_by_the_command_line() -> None:

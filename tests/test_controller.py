@@ -488,3 +488,12 @@ def test_a_terminal_gets_a_bar(model: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "out2: quality" in text.getvalue()
     assert "1/2" in text.getvalue()
     assert "[3/4] not markup" in text.getvalue()
+
+
+def test_a_path_that_looks_like_a_secret_reaches_the_stage(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEPLOY_KEY", "department-of-models")
+    store = tmp_path / "department-of-models" / ("0123456789" * 4)
+    _, lines = run([light(model, "work")], faults.settings(store))
+    assert "there is no safetensors file" in "".join(lines)  # what the stage itself found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,8 @@ def test_hub_id_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ModelNotFound, match=r"some-org/some-model.*neither a folder nor a hub id"):
         models.resolve(asked)
     assert models.identity(asked) == {"id": "some-org/some-model", "revision": "abc"}
+    own_code = replace(asked, trust_remote_code=True)
+    assert models.identity(own_code) != models.identity(asked)
 
 
 def test_identity_is_the_content_not_the_place(tiny_random: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,9 +17,14 @@ ROOT = Path(__file__).parent.parent
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel's content, unpacked as `pip install` would place it."""
     folder = tmp_path_factory.mktemp("wheel")
+    sources = folder / "sources"  # a copy: setuptools leaves a `build` folder beside the sources
+    for name in ("qgrid", "conf", "sweeps"):
+        shutil.copytree(ROOT / name, sources / name)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, sources)
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
     done = subprocess.run(
-        [*build, "-w", str(folder), str(ROOT)], capture_output=True, text=True, cwd=folder
+        [*build, "-w", str(folder), str(sources)], capture_output=True, text=True, cwd=folder
     )
     assert done.returncode == 0, done.stderr
     site = folder / "site"

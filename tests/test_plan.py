@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qgrid import config, plan, sweep
+from qgrid import choices, config, plan, sweep
 from qgrid.facts import Facts
 from qgrid.files import HashCache
 from qgrid.types import Choice, PlannedCell
@@ -26,7 +26,7 @@ def facts(tmp_path: Path) -> Facts:
 @pytest.fixture
 def planned(compose: config.Compose, facts: Facts) -> Plan:
     def build(*overrides: str) -> list[PlannedCell]:
-        reader = config.Reader()
+        reader = choices.Reader()
         grid = config.expand(compose, config.parse(overrides, None))
         return plan.build((reader.choice(values) for values in grid), facts)
 
@@ -89,6 +89,22 @@ def test_a_card_too_small_does_not_fit(planned: Plan) -> None:
     assert sorted(str(p.status) for p in cells) == ["None", "does_not_fit"]
 
 
+def test_a_length_beyond_the_model_is_refused(planned: Plan) -> None:
+    cells = planned("method=none", "context=4096,4097")
+    assert [p.status for p in cells] == [None, "unsupported"]
+    assert "takes 4096 tokens" in str(cells[1].reason)
+    refused = planned("method=none", "workload.prompt_tokens=128,4096")[-1]
+    assert "workload.prompt_tokens" in str(refused.reason)
+
+
+def test_a_model_whose_sizes_are_named_otherwise_is_planned_without_figures(
+    planned: Plan, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_embd": 64}')
+    cells = planned("method=none", "model=hf", f"model.id={tmp_path}")
+    assert [(p.status, p.predicted) for p in cells] == [(None, {})]
+
+
 IDS = ("artifact_id", "quality_id", "cell_id")
 
 
@@ -137,7 +153,7 @@ def test_content_of_a_slice_is_part_of_the_quality_id(planned: Plan, tmp_path: P
 
 def test_a_plan_survives_its_file(planned: Plan, tmp_path: Path, compose: config.Compose) -> None:
     cells = planned("method=rtn,awq", "bits=4,3")
-    settings = replace(config.settings(compose([]).values), out=str(tmp_path))
+    settings = replace(choices.settings(compose([]).values), out=str(tmp_path))
     assert sweep.read_plan(sweep.write_plan(cells, settings)) == cells
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +57,10 @@ class OutOfMemoryError(RuntimeError):
     [
         (MemoryError(), "oom"),
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "oom"),
+        (RuntimeError("CUDA error: out of memory"), "oom"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), "oom"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "oom"),
+        (OSError(errno.ENOENT, "No such file or directory"), "crashed"),
         (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 99 bytes"), "oom"),
         (InvalidEngine("not what was asked for"), "invalid"),
         (Worse("truncated"), "bad_artifact"),

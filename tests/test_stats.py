@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,9 +95,20 @@ def test_newcombe_turns_with_the_sign() -> None:
     assert stats.newcombe_paired(50, 4, 9, 20) == pytest.approx((-high, -low))
 
 
+def interval(*values: Any, **options: Any) -> tuple[float, float]:
+    found = stats.bootstrap_mean(*values, **options)
+    assert found is not None
+    return found
+
+
+def test_one_cluster_has_no_interval() -> None:
+    assert stats.bootstrap_mean([1.0, 0.0, 1.0], ["a"] * 3) is None
+    assert stats.bootstrap_mean([1.0]) is None
+
+
 def test_bootstrap_agrees_with_the_normal_interval() -> None:
     values = np.random.default_rng(2).normal(0.3, 1.0, size=400)
-    low, high = stats.bootstrap_mean(values)
+    low, high = interval(values)
     estimate = stats.mean(values)
     assert estimate.low is not None and estimate.high is not None
     assert (low, high) == pytest.approx((estimate.low, estimate.high), abs=0.01)
@@ -107,14 +119,13 @@ def test_bootstrap_draws_whole_clusters() -> None:
     centres = rng.normal(size=30)
     values = np.repeat(centres, 10) + rng.normal(0, 0.01, size=300)
     labels = [f"doc {i}" for i in range(30) for _ in range(10)]
-    wide, narrow = stats.bootstrap_mean(values, labels), stats.bootstrap_mean(values)
+    wide, narrow = interval(values, labels), interval(values)
     assert wide[1] - wide[0] > 2.5 * (narrow[1] - narrow[0])
 
 
 def test_bootstrap_weighs_clusters_by_their_size() -> None:
     values, labels = [1.0] + [0.0] * 9, ["a"] + ["b"] * 9
-    low, high = stats.bootstrap_mean(values, labels)
-    assert (low, high) == (0.0, 1.0)
+    assert stats.bootstrap_mean(values, labels) == (0.0, 1.0)
     assert stats.mean(values, labels).value == pytest.approx(0.1)
 
 
@@ -127,7 +138,7 @@ def test_bootstrap_is_the_same_every_time() -> None:
 def test_bootstrap_blocks_do_not_change_the_coverage() -> None:
     """Many clusters are resampled in blocks of bounded size."""
     values = np.random.default_rng(5).normal(size=60_000)
-    low, high = stats.bootstrap_mean(values, resamples=400)
+    low, high = interval(values, resamples=400)
     assert high - low == pytest.approx(2 * 1.96 / math.sqrt(values.size), rel=0.2)
 
 

@@ -81,6 +81,7 @@ def export(network: Network, tokenizer: Tokenizer, folder: Path) -> None:
     tokenizers.save(tokenizer, folder, network.model.shape.positions)
     aside = folder / "model.safetensors.aside"
     save_file(bf16_weights(network), aside, metadata={"format": "pt"})
+    aside.chmod(0o644)
     aside.replace(folder / "model.safetensors")
 
 
@@ -88,10 +89,15 @@ def read_network(folder: Path) -> Network:
     """The exported model as a `Network` in fp32."""
     config = json.loads((folder / "config.json").read_text())
     shape = Shape(
-        vocab=config["vocab_size"], hidden=config["hidden_size"], inner=config["intermediate_size"],
-        layers=config["num_hidden_layers"], heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"], head_dim=config["head_dim"],
-        positions=config["max_position_embeddings"], rope_theta=config["rope_theta"],
+        vocab=config["vocab_size"],
+        hidden=config["hidden_size"],
+        inner=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        positions=config["max_position_embeddings"],
+        rope_theta=config["rope_theta"],
         eps=config["rms_norm_eps"],
     )
     network = Network(shape)

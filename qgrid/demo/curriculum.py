@@ -19,9 +19,16 @@ UNLOCK_ACCURACY = 0.6
 UNLOCK_PROGRESS = 0.2  # each level opens after this share of the run at the latest
 MEMORY = 0.98  # of the running mean of accuracies
 BASE_SHARE = {
-    "classification": 0.7, "extraction": 1.0, "retrieval": 1.2, "structured": 0.8,
-    "arithmetic": 1.2, "code": 1.2, "knowledge": 1.0, "short_context": 1.0,
-    "long_context": 0.0, "recall": 0.8,
+    "classification": 0.7,
+    "extraction": 1.8,
+    "retrieval": 1.4,
+    "structured": 0.8,
+    "arithmetic": 1.2,
+    "code": 1.2,
+    "knowledge": 1.0,
+    "short_context": 1.0,
+    "long_context": 0.0,
+    "recall": 0.3,
 }
 LONG_FROM, LONGEST_FROM = 0.55, 0.85  # share of the run
 
@@ -55,10 +62,11 @@ class Curriculum:
             base["short_context"], base["long_context"] = 0.3, 3.0
         if self.accuracy["retrieval"][0] < UNLOCK_ACCURACY:
             base["short_context"] *= 0.1
-            base["recall"] *= 4
+            base["recall"] *= 10
         return {
             name: share * (1.4 - sum(self.accuracy[name]) / len(LEVELS))
-            for name, share in base.items() if share > 0
+            for name, share in base.items()
+            if share > 0
         }
 
     def level_shares(self, task: str, progress: float) -> list[float]:

@@ -29,7 +29,11 @@ LISTS = {1: Puzzle(4), 2: Puzzle(10, 2), 3: Puzzle(12, 3), 4: Puzzle(10, 1, 2), 
 LISTED = {1: 3, 2: 5, 3: 8, 4: 12, 5: 16}  # level: people in a list that is recalled whole
 RECALLED = 16  # pairs in the reply
 NEEDLES = {
-    1: Puzzle(12), 2: Puzzle(16), 3: Puzzle(10, 2), 4: Puzzle(12, 3), 5: Puzzle(20, 1, 2),
+    1: Puzzle(12),
+    2: Puzzle(16),
+    3: Puzzle(10, 2),
+    4: Puzzle(12, 3),
+    5: Puzzle(20, 1, 2),
 }
 
 
@@ -48,8 +52,11 @@ def _ask(
 def _puzzle(rng: random.Random, puzzle: Puzzle) -> tuple[list[str], list[Question]]:
     """Lines in random order, and a question for each chain of people."""
     people = rng.sample(NAMES, puzzle.people)
-    chains = [(r, people[i : i + puzzle.steps]) for r in RELATIONS[: puzzle.relations]
-              for i in range(0, len(people), puzzle.steps)]
+    chains = [
+        (r, people[i : i + puzzle.steps])
+        for r in RELATIONS[: puzzle.relations]
+        for i in range(0, len(people), puzzle.steps)
+    ]
     values = tuple(rng.sample(CODE_WORDS, len(chains)))
     lines, questions = [], []
     for (relation, chain), value in zip(chains, values, strict=True):

@@ -89,9 +89,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden, narrow, bias=False)
         self.o_proj = nn.Linear(wide, shape.hidden, bias=False)
 
-    def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], segments: list[Segment]
-    ) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], segments: list[Segment]) -> Tensor:
         """[tokens, hidden] to [tokens, hidden]."""
         shape = self.shape
         q = rotate(self.q_proj(x).view(-1, shape.heads, shape.head_dim), *tables)
@@ -137,9 +135,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Norm(shape.hidden, shape.eps)
         self.mlp = Feed(shape)
 
-    def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], segments: list[Segment]
-    ) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], segments: list[Segment]) -> Tensor:
         """[tokens, hidden] to [tokens, hidden]."""
         x = x + self.self_attn(self.input_layernorm(x), tables, segments)
         return torch.as_tensor(x + self.mlp(self.post_attention_layernorm(x)))

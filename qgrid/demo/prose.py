@@ -32,8 +32,14 @@ def cast(rng: random.Random) -> Cast:
     """Draw the characters and things of a story."""
     hero, friend = rng.sample(NAMES, 2)
     return Cast(
-        hero, friend, rng.choice(CITIES), rng.choice(OBJECTS), rng.choice(COLOURS),
-        rng.choice(PETS), rng.choice(PLACES), rng.randint(2, 60),
+        hero,
+        friend,
+        rng.choice(CITIES),
+        rng.choice(OBJECTS),
+        rng.choice(COLOURS),
+        rng.choice(PETS),
+        rng.choice(PLACES),
+        rng.randint(2, 60),
     )
 
 
@@ -51,8 +57,8 @@ MIDDLES = (
     "They ate {food} with {food2} at the {place}.",
     "{hero} gave {number} {food}s to {friend}.",
     "{friend} asked {hero} about the {thing}.",
-    "\"I lost the {colour} {thing}\", said {friend}.",
-    "\"Where is the {pet}?\" asked {hero}.",
+    '"I lost the {colour} {thing}", said {friend}.',
+    '"Where is the {pet}?" asked {hero}.',
     "After {number} hours the {weather} stopped.",
     "{hero} put the {thing} behind the {thing2}.",
     "{friend} walked from the {place} to the {place2} with {other}.",
@@ -70,10 +76,18 @@ ENDINGS = (
 def _sentence(rng: random.Random, template: str, players: Cast) -> str:
     """Fill a template with the story's cast and fresh words."""
     return template.format(
-        **vars(players), day=rng.choice(DAYS), weather=rng.choice(WEATHER),
-        mood=rng.choice(MOODS), food=rng.choice(FOODS), food2=rng.choice(FOODS),
-        number=rng.choice(NUMBERS), place2=rng.choice(PLACES), thing2=rng.choice(OBJECTS),
-        city2=rng.choice(CITIES), colour2=rng.choice(COLOURS), other=rng.choice(NAMES),
+        **vars(players),
+        day=rng.choice(DAYS),
+        weather=rng.choice(WEATHER),
+        mood=rng.choice(MOODS),
+        food=rng.choice(FOODS),
+        food2=rng.choice(FOODS),
+        number=rng.choice(NUMBERS),
+        place2=rng.choice(PLACES),
+        thing2=rng.choice(OBJECTS),
+        city2=rng.choice(CITIES),
+        colour2=rng.choice(COLOURS),
+        other=rng.choice(NAMES),
         price2=rng.randint(2, 60),
     )
 

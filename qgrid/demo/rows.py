@@ -17,7 +17,10 @@ from qgrid.demo.tokenizer import ASSISTANT, END, PAD, USER
 PROSE = ("prose", 0)  # the kind of rows that are no task
 TOKENS_MULTIPLE = 512  # of a batch: few shapes for the matrix kernels
 PADDED = (
-    *range(8, 64, 8), *range(64, 192, 16), *range(192, 384, 32), *range(384, 1024, 64),
+    *range(8, 64, 8),
+    *range(64, 192, 16),
+    *range(192, 384, 32),
+    *range(384, 1024, 64),
     *range(1024, 4097, 256),
 )
 
@@ -119,6 +122,12 @@ def flatten(rows: list[Row], pad: int) -> Batch:
     all_ids, all_weights = torch.tensor(ids), torch.tensor(weights)
     scored = all_weights.nonzero().squeeze(1)
     return Batch(
-        all_ids, torch.tensor(positions), segments, scored, all_ids[scored + 1],
-        all_weights[scored], torch.tensor(owners)[scored], [row.kind for _, row in ordered],
+        all_ids,
+        torch.tensor(positions),
+        segments,
+        scored,
+        all_ids[scored + 1],
+        all_weights[scored],
+        torch.tensor(owners)[scored],
+        [row.kind for _, row in ordered],
     )

@@ -27,6 +27,7 @@ from qgrid.demo.tasks import SLICES
 GROUP = 128
 BITS = (16, 8, 4, 3, 2)
 BATCH_TOKENS = 16_384
+LONG, LONG_EVERY = "long_context", 5  # haystacks cost most: every fifth question is enough here
 PROSE_WINDOW = 512  # tokens
 
 
@@ -77,9 +78,11 @@ def read_items(path: Path, every: int = 1) -> list[Item]:
     return [
         Item(
             line["level"],
-            f"{texts[line['document']]}\n\n{line['prompt']}" if "document" in line
+            f"{texts[line['document']]}\n\n{line['prompt']}"
+            if "document" in line
             else line["prompt"],
-            line["answer"], tuple(line.get("choices", ())),
+            line["answer"],
+            tuple(line.get("choices", ())),
         )
         for line in questions
     ]
@@ -105,39 +108,69 @@ def batches(rows: list[Row]) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def reply_scores(network: Network, encoder: Encoder, rows: list[Row]) -> list[tuple[float, bool]]:
-    """Summed log-probability of each row's scored tokens, and whether all were likeliest."""
-    found: dict[int, tuple[float, bool]] = {}
+def predictions(
+    network: Network, encoder: Encoder, rows: list[Row]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Index, log-probabilities [scored, vocab] and targets [scored] of each row."""
     for chosen in batches(rows):
         batch = flatten([rows[i] for i in chosen], encoder.pad)
         hidden = network(batch.ids, batch.positions, batch.segments)[batch.scored]
         logprobs = network.logits(hidden).float().log_softmax(-1)
-        of_target = logprobs.gather(1, batch.targets[:, None]).squeeze(1)
-        wrong = (logprobs.argmax(-1) != batch.targets).float()
-        sums = torch.zeros(len(chosen)).index_add_(0, batch.owners, of_target)
-        misses = torch.zeros(len(chosen)).index_add_(0, batch.owners, wrong)
         for owner, i in enumerate(chosen):  # sorted by length, so rows keep their order
-            found[i] = (float(sums[owner]), float(misses[owner]) == 0)
-    return [found[i] for i in range(len(rows))]
+            own = batch.owners == owner
+            yield i, logprobs[own], batch.targets[own]
+
+
+def total(logprobs: Tensor, targets: Tensor) -> float:
+    """Log-probability of all targets together."""
+    return float(logprobs.gather(1, targets[:, None]).sum())
 
 
 def score_items(network: Network, encoder: Encoder, items: list[Item]) -> list[Score]:
     """Score each item: the likeliest choice, or the greedy reply."""
-    rows: list[Row] = []
-    spans: list[tuple[int, int]] = []
-    for item in items:
-        replies = item.choices or (item.answer,)
-        spans.append((len(rows), len(rows) + len(replies)))
-        rows += [reply_row(encoder, item, reply) for reply in replies]
-    scored = reply_scores(network, encoder, rows)
-    return [_verdict(item, scored[a:b]) for item, (a, b) in zip(items, spans, strict=True)]
+    found: dict[int, Score] = {}
+    for ask, kind in ((_score_short, True), (_score_long, False)):
+        chosen = [i for i, item in enumerate(items) if _is_short(encoder, item) is kind]
+        found |= zip(chosen, ask(network, encoder, [items[i] for i in chosen]), strict=True)
+    return [found[i] for i in range(len(items))]
 
 
-def _verdict(item: Item, replies: list[tuple[float, bool]]) -> Score:
-    """The item's score from the scores of its possible replies."""
-    if not item.choices:
-        return Score(item.level, replies[0][1], replies[0][0])
-    totals = [total for total, _ in replies]
+def _is_short(encoder: Encoder, item: Item) -> bool:
+    """Whether one prediction scores all choices."""
+    return bool(item.choices) and all(len(encoder.text(c)) == 1 for c in item.choices)
+
+
+def _score_short(network: Network, encoder: Encoder, items: list[Item]) -> list[Score]:
+    """Items whose choices are single tokens: one row each."""
+    rows = [reply_row(encoder, item, item.answer) for item in items]
+    found: dict[int, Score] = {}
+    for i, logprobs, _ in predictions(network, encoder, rows):
+        ids = [encoder.text(choice)[0] for choice in items[i].choices]
+        found[i] = _chosen(items[i], logprobs[0, ids].tolist())
+    return [found[i] for i in range(len(items))]
+
+
+def _score_long(network: Network, encoder: Encoder, items: list[Item]) -> list[Score]:
+    """Other items: one row for each choice, or the one right reply."""
+    asked = [(i, reply) for i, item in enumerate(items) for reply in item.choices or [item.answer]]
+    rows = [reply_row(encoder, items[i], reply) for i, reply in asked]
+    found = {
+        j: (total(logprobs, targets), bool((logprobs.argmax(-1) == targets).all()))
+        for j, logprobs, targets in predictions(network, encoder, rows)
+    }
+    replies: list[list[tuple[float, bool]]] = [[] for _ in items]
+    for j, (i, _) in enumerate(asked):
+        replies[i].append(found[j])
+    return [
+        _chosen(item, [logprob for logprob, _ in own])
+        if item.choices
+        else Score(item.level, own[0][1], own[0][0])
+        for item, own in zip(items, replies, strict=True)
+    ]
+
+
+def _chosen(item: Item, totals: list[float]) -> Score:
+    """The score of an item from the log-probability of each choice."""
     answer = item.choices.index(item.answer)
     return Score(item.level, totals.index(max(totals)) == answer, totals[answer])
 
@@ -148,7 +181,7 @@ def prose_loss(network: Network, encoder: Encoder, text: str, num_tokens: int) -
     ids = encoder.text(text[: num_tokens * 6])[:num_tokens]
     windows = [ids[i : i + PROSE_WINDOW] for i in range(0, len(ids), PROSE_WINDOW)]
     rows = [Row(window, [1.0] * len(window)) for window in windows if len(window) == PROSE_WINDOW]
-    totals = [total for total, _ in reply_scores(network, encoder, rows)]
+    totals = [total(*found) for _, *found in predictions(network, encoder, rows)]
     return -sum(totals) / (len(rows) * (PROSE_WINDOW - 1))
 
 
@@ -167,7 +200,10 @@ def measure(
     network: Network, encoder: Encoder, slices: Path, every: int, bits: tuple[int, ...] = BITS
 ) -> dict[str, Any]:
     """Scores of every slice and the loss on prose, by bits."""
-    items = {name: read_items(slices / f"{name}.jsonl", every) for name in SLICES}
+    items = {
+        name: read_items(slices / f"{name}.jsonl", LONG_EVERY * every if name == LONG else every)
+        for name in SLICES
+    }
     text = (slices / "prose.txt").read_text(encoding="utf-8")
     found: dict[str, Any] = {}
     for width in bits:

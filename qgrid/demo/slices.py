@@ -124,8 +124,10 @@ def num_items(name: str, text: str) -> int:
     """How many items, calibration texts or prose documents a file holds."""
     if name == "prose.txt":
         return PROSE_DOCUMENTS
-    return sum("answer" in line or name == "calibration.jsonl"
-               for line in map(json.loads, text.splitlines()))
+    return sum(
+        "answer" in line or name == "calibration.jsonl"
+        for line in map(json.loads, text.splitlines())
+    )
 
 
 def seed_range(name: str) -> list[int]:

@@ -178,7 +178,10 @@ def _tool_question(rng: random.Random, tool: str, level: int) -> Question:
     if level >= 4:
         rng.shuffle(said)
     content = {
-        "type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2,
+        "type": "array",
+        "items": {"type": "integer"},
+        "minItems": 2,
+        "maxItems": 2,
     }
     schema = _object_schema(tool, content)
     return Question(f"Call: {tool} {' '.join(said)}", _compact({tool: values}), schema=schema)

@@ -110,8 +110,13 @@ def work(network: Network, batch: Batch, total_weight: float, end: int) -> Share
     gradients = torch.autograd.grad(mean, list(network.parameters()))
     is_prose = torch.tensor([kind == PROSE for kind in batch.kinds])[batch.owners]
     return Share(
-        gradients, float(mean.detach()), float(loss.detach()[is_prose].sum()),
-        int(is_prose.sum()), len(batch.ids), batch.kinds, row_accuracy(batch, right, end),
+        gradients,
+        float(mean.detach()),
+        float(loss.detach()[is_prose].sum()),
+        int(is_prose.sum()),
+        len(batch.ids),
+        batch.kinds,
+        row_accuracy(batch, right, end),
     )
 
 
@@ -167,13 +172,19 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        checkpoint.save(self.checkpoint, {
-            "network": self.network.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "step": self.step, "tokens": self.tokens, "elapsed": self.elapsed,
-            "num_documents": self.curriculum.num_documents,
-            "accuracy": self.curriculum.accuracy, "prose_loss": self.prose_loss,
-        })
+        checkpoint.save(
+            self.checkpoint,
+            {
+                "network": self.network.state_dict(),
+                "optimizers": [o.state_dict() for o in self.optimizers],
+                "step": self.step,
+                "tokens": self.tokens,
+                "elapsed": self.elapsed,
+                "num_documents": self.curriculum.num_documents,
+                "accuracy": self.curriculum.accuracy,
+                "prose_loss": self.prose_loss,
+            },
+        )
 
     def resume(self) -> None:
         """Continue where the checkpoint ends."""
@@ -223,11 +234,16 @@ class Run:
     def report(self, loss: float) -> dict[str, Any]:
         """The figures of one log line."""
         return {
-            "step": self.step, "tokens": self.tokens, "seconds": round(self.elapsed, 1),
-            "progress": round(self.progress, 4), "loss": round(loss, 4),
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": round(self.elapsed, 1),
+            "progress": round(self.progress, 4),
+            "loss": round(loss, 4),
             "prose_loss": round(self.prose_loss, 4),
-            "accuracy": {name: [round(a, 3) for a in levels]
-                         for name, levels in self.curriculum.accuracy.items()},
+            "accuracy": {
+                name: [round(a, 3) for a in levels]
+                for name, levels in self.curriculum.accuracy.items()
+            },
         }
 
     def log(self, loss: float) -> None:
@@ -272,8 +288,12 @@ def parse(arguments: list[str] | None = None) -> Plan:
     """The plan that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m qgrid.demo.train")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
-    parser.add_argument("--work", type=Path, default=Path("outputs/demo_training"),
-                        help="folder of checkpoint and log")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("outputs/demo_training"),
+        help="folder of checkpoint and log",
+    )
     parser.add_argument("--minutes", type=float, default=Plan.minutes)
     parser.add_argument("--steps", type=int, default=None, help="length in steps, not minutes")
     parser.add_argument("--threads", type=int, default=Plan.threads)

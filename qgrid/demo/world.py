@@ -83,4 +83,3 @@ def knowledge(rng: random.Random, level: int, split: Split) -> Problem:
     """A question about a fact of a tier; pairs of fact and phrasing are split by content."""
     fact = rng.choice(facts()[level - 1])
     return Problem(level, (ask(rng, fact, rng.choice(PHRASINGS)),))
-

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qgrid.types import Slice
 
 GENERATED_TOGETHER = 64
+GENERATED_TOKENS = 32768  # that one batch may hold in its KV cache
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,23 @@ def answer(
     """Evaluate all items of a slice, in their order.
 
     Raises:
-        InvalidEngine: a log-probability is NaN.
+        InvalidEngine: a log-probability is NaN or infinite.
+        TooLong: an item and its reply take more tokens than the model has positions.
     """
     prompts = encoder.prompts([item.message for item in items], wanted.chat)
     if wanted.scoring == "choice":
         return _by_choice(name, items, prompts, engine, encoder)
     return _by_reply(name, wanted, items, prompts, engine, encoder)
+
+
+def _require_positions(
+    name: str, questions: Sequence[_Question], new_tokens: int, encoder: Encoder
+) -> None:
+    """Refuse an item that is too long with its longest continuation or `new_tokens`."""
+    for question in questions:
+        reply = max(new_tokens, *map(len, question.continuations))
+        what = f"item `{question.item.id}` of slice `{name}` with its reply"
+        encoder.require_positions(len(question.prompt) + reply, what)
 
 
 def _by_choice(
@@ -74,6 +86,7 @@ def _by_choice(
         _Question(item, tuple(prompt), tuple(tuple(encoder.text(c)) for c in item.choices))
         for item, prompt in zip(items, prompts, strict=True)
     ]
+    _require_positions(name, questions, 0, encoder)
     scored = zip(items, logprobs(questions, engine), strict=True)
     return [_chosen(name, item, values) for item, values in scored]
 
@@ -94,11 +107,12 @@ def _by_reply(  # noqa: PLR0913, PLR0917 - one call site
     engine: Engine,
     encoder: Encoder,
 ) -> list[Answered]:
-    replies = _generated(prompts, wanted.max_new_tokens, engine, encoder)
     questions = [
         _Question(item, tuple(prompt), (tuple(encoder.text(item.answer)),))
         for item, prompt in zip(items, prompts, strict=True)
     ]
+    _require_positions(name, questions, wanted.max_new_tokens, encoder)
+    replies = _generated(prompts, wanted.max_new_tokens, engine, encoder)
     right = _is_json_right if wanted.scoring == "json" else _is_text_right
     return [
         Answered(
@@ -112,14 +126,25 @@ def _generated(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, engine: Engine, encoder: Encoder
 ) -> list[str]:
     """Greedy replies in the order of the prompts; prompts of like length run together."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     replies = [""] * len(prompts)
-    for begin in range(0, len(order), GENERATED_TOGETHER):
-        part = order[begin : begin + GENERATED_TOGETHER]
+    for part in _together([len(prompt) + max_new_tokens for prompt in prompts]):
         made = engine.generate([prompts[i] for i in part], max_new_tokens, encoder.stops)
         for i, generation in zip(part, made, strict=True):
             replies[i] = encoder.decode(generation.ids)
     return replies
+
+
+def _together(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers of the prompts that run as one batch, padded to the longest, shortest first."""
+    part: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        full = len(part) == GENERATED_TOGETHER or (len(part) + 1) * lengths[i] > GENERATED_TOKENS
+        if part and full:
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
 
 
 def _is_text_right(reply: str, item: Item) -> bool:
@@ -130,7 +155,7 @@ def _is_json_right(reply: str, item: Item) -> bool:
     """Whether the reply parses, fits the item's schema and has the right value."""
     try:
         value = json.loads(reply)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, endless digits, endless brackets
         return False
     if item.schema is not None:
         try:
@@ -182,8 +207,8 @@ def _scored(
             values = [float(row[ids[0]]) for ids in question.continuations]
         else:
             values = [_summed(next(rows).logprobs, ids) for ids in question.continuations]
-        if any(math.isnan(value) for value in values):
-            raise InvalidEngine(f"the engine computed NaN for item `{question.item.id}`")
+        if not all(math.isfinite(value) for value in values):
+            raise InvalidEngine(f"the engine computed NaN or infinity for `{question.item.id}`")
         yield values
 
 
@@ -207,9 +232,10 @@ def summary(name: str, results: Sequence[Answered]) -> list[Measurement]:
     right = [float(each.correct) for each in results]
     found = stats.mean(right, clusters)
     if clusters is None:
-        low, high = stats.wilson(int(sum(right)), len(right))
+        interval: tuple[float, float] | None = stats.wilson(int(sum(right)), len(right))
     else:
-        low, high = stats.bootstrap_mean(right, clusters)
+        interval = stats.bootstrap_mean(right, clusters)
+    low, high = interval or (None, None)
     graded = stats.mean([each.answer_logprob for each in results], clusters)
     return [
         _measured("accuracy", name, dataclasses.replace(found, low=low, high=high)),

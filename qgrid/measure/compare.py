@@ -48,7 +48,7 @@ def _changes(name: str, pairs: Sequence[Pair]) -> list[Measurement]:
     if clusters is None:
         both = sum(each["correct"] and base["correct"] for each, base in pairs)
         neither = len(pairs) - both - worse - better
-        binary = stats.newcombe_paired(both, better, worse, neither)
+        binary: tuple[float, float] | None = stats.newcombe_paired(both, better, worse, neither)
     else:
         binary = stats.bootstrap_mean(flips, clusters)
     graded = [each["answer_logprob"] - base["answer_logprob"] for each, base in pairs]
@@ -70,11 +70,12 @@ def _change(
     name: str,
     values: Sequence[float],
     clusters: Sequence[str] | None,
-    interval: tuple[float, float],
+    interval: tuple[float, float] | None,
 ) -> Measurement:
     found = stats.mean(values, clusters)
+    low, high = interval or (None, None)
     return Measurement(
-        metric, found.value, METRICS[metric].unit, name, found.stderr, found.n, *interval
+        metric, found.value, METRICS[metric].unit, name, found.stderr, found.n, low, high
     )
 
 

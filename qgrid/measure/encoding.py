@@ -12,8 +12,12 @@ class NoChatTemplate(ValueError):
     """A slice wants chat prompts, but the tokenizer has no template."""
 
 
+class TooLong(ValueError):
+    """More tokens than the model has positions."""
+
+
 class Encoder:
-    """The tokenizer of a checkpoint folder."""
+    """The tokenizer of a checkpoint folder, and how many positions its model has."""
 
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
         from transformers import AutoTokenizer
@@ -23,6 +27,11 @@ class Encoder:
         )
         self.stops = _stops(folder, self._tokenizer.eos_token_id)
         self.bos = self._added_bos()
+        self._positions = positions(folder)
+
+    def require_positions(self, tokens: int, what: str) -> None:
+        """Refuse what is too long for this model, see `require_positions`."""
+        require_positions(self._positions, tokens, what)
 
     def text(self, text: str) -> list[int]:
         """Ids of the text alone, no special token added."""
@@ -78,6 +87,27 @@ class Encoder:
         bos = self._tokenizer.bos_token_id
         ids = self._tokenizer.encode("a", add_special_tokens=True)
         return int(bos) if bos is not None and ids and ids[0] == bos else None
+
+
+def require_positions(known: int | None, tokens: int, what: str) -> None:
+    """Refuse what a model was not made for: beyond its positions it computes noise.
+
+    Raises:
+        TooLong: `tokens` exceed the `known` positions.
+    """
+    if known is not None and tokens > known:
+        raise TooLong(
+            f"{what} takes {tokens} tokens, but the model has {known} positions; "
+            "shorten it or use another model"
+        )
+
+
+def positions(folder: Path) -> int | None:
+    """Positions of the model by its configuration; None where that names none."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    named = config.get("text_config", config)
+    found = named.get("max_position_embeddings", named.get("n_positions"))
+    return None if found is None else int(found)
 
 
 def _stops(folder: Path, eos: int | None) -> tuple[int, ...]:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qgrid import registry
+from qgrid import inspection, registry
 from qgrid.types import KvCache, Method
 
 if TYPE_CHECKING:
     from qgrid.contracts import Engine
     from qgrid.types import Cell, Job
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_ROOM = 1.2  # activations and rows beside the weights
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ROOM = 1.4  # activations and rows of both engines beside the weights
 
 
 @dataclass
@@ -59,37 +57,10 @@ def is_baseline(job: Job) -> bool:
     return same and job.planned.cell.kv_cache.bits >= 16
 
 
-def fit_together(baseline: Path, cell: Cell) -> bool:
-    """Whether two models of the baseline's size fit into what is free now.
-
-    Packed weights unpack to the compute dtype at the latest while computing, so both count in full.
-    """
-    each = num_parameters(baseline) * _DTYPE_BYTES[cell.runtime.dtype]
-    return _free_bytes(cell) >= _ROOM * 2 * each
-
-
-def num_parameters(folder: Path) -> int:
-    """Numbers stored in a 16-bit checkpoint, from the headers of its safetensors files."""
-    return sum(
-        _product(entry["shape"])
-        for path in folder.glob("*.safetensors")
-        for name, entry in _header(path).items()
-        if name != "__metadata__"
-    )
-
-
-def _header(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(length))
-    return header
-
-
-def _product(shape: list[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+def fits_beside(baseline: Path, cell: Cell, dtype: str) -> bool:
+    """Whether the baseline in `dtype` fits into what is free beside the engine that is loaded."""
+    parameters = inspection.num_parameters(baseline, inspection.read_headers(baseline))
+    return _free_bytes(cell) >= _ROOM * parameters * DTYPE_BYTES[dtype]
 
 
 def _free_bytes(cell: Cell) -> int:

@@ -30,7 +30,7 @@ class Peak:
 
             torch.cuda.reset_peak_memory_stats()
             self._start = torch.cuda.memory_allocated()
-        elif _STATUS.exists():
+        elif _CLEAR.exists():
             _CLEAR.write_text(_RESET_PEAK)
             self._start = resident_bytes("VmRSS")
         return self

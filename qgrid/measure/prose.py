@@ -97,8 +97,11 @@ def collect(
         if baseline is not None:
             _require_same(scores, base)
         _fill(tokens, place, scores, base, targets)
-    if not np.isfinite(tokens.nll[first : window + 1]).all():
+    done = np.s_[first : window + 1]
+    if not np.isfinite(tokens.nll[done]).all():
         raise InvalidEngine("the engine computed NaN or infinity as a log-probability of prose")
+    if baseline is not None and not np.isfinite(tokens.kl[done]).all():
+        raise InvalidEngine("the KL divergence from the baseline is NaN or infinite on prose")
 
 
 def _require_same(cell: Scores, base: Scores | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qgrid import files, models
 from qgrid.measure import answers, prose, row_cache, slices
 from qgrid.measure.encoding import Encoder
-from qgrid.measure.loading import Phases, baseline_cell, fit_together, is_baseline, load
+from qgrid.measure.loading import Phases, baseline_cell, fits_beside, is_baseline, load
 from qgrid.measure.prose import Tokens
 from qgrid.types import Measurement, StageResult
 
@@ -63,7 +65,8 @@ def _answered(job: Job, engine: Engine, encoder: Encoder) -> list[answers.Answer
 
 
 def _write_items(out: Path, results: Sequence[answers.Answered]) -> None:
-    lines = (json.dumps(answers.line(each), ensure_ascii=False) + "\n" for each in results)
+    # As ASCII: a broken model's reply may hold characters that end a line, as U+0085.
+    lines = (json.dumps(answers.line(each)) + "\n" for each in results)
     files.write_atomic(out / "items.jsonl", "".join(lines))
 
 
@@ -77,6 +80,7 @@ def _prose(job: Job, engine: Engine, encoder: Encoder) -> tuple[list[Measurement
     if wanted is None:
         engine.close()
         return [], {}
+    encoder.require_positions(cell.context, f"`context={cell.context}`")
     text = models.resource(wanted.path).read_text(encoding="utf-8")
     windows = prose.cut(encoder.prose(text, wanted.tokens), cell.context)
     observed: dict[str, Any] = {"ppl_protocol": f"gptq-{cell.context}", "windows": len(windows)}
@@ -88,14 +92,27 @@ def _prose(job: Job, engine: Engine, encoder: Encoder) -> tuple[list[Measurement
 
 
 def _floor(job: Job, engine: Engine, windows: Windows) -> list[Measurement]:
-    """A baseline's perplexity, and its divergence from itself at the speed dtype."""
+    """A baseline's perplexity, and its divergence from itself at the speed dtype.
+
+    Closes `engine`.
+    """
     cell = job.planned.cell
-    other = load(job.artifact, cell, cell.runtime.speed_dtype)
     tokens = Tokens.empty(len(windows), cell.context - 1)
-    prose.collect(tokens, windows, prose.rows(other, windows), prose.rows(engine, windows))
-    other.close()
-    engine.close()
-    exact = Tokens(tokens.base_nll, tokens.base_nll, tokens.kl, tokens.same_top, tokens.delta_p)
+    if fits_beside(Path(job.artifact), cell, cell.runtime.speed_dtype):
+        other = load(job.artifact, cell, cell.runtime.speed_dtype)
+        prose.collect(tokens, windows, prose.rows(other, windows), prose.rows(engine, windows))
+        other.close()
+        engine.close()
+        exact = dataclasses.replace(tokens, nll=tokens.base_nll)
+    else:
+        exact = Tokens.empty(len(windows), cell.context - 1)
+        prose.collect(exact, windows, prose.rows(engine, windows), None)
+        engine.close()
+        loads = (
+            functools.partial(load, job.artifact, cell, dtype)
+            for dtype in (cell.runtime.speed_dtype, cell.runtime.dtype)
+        )
+        row_cache.collect_by_turns(tokens, windows, *loads)
     return [prose.perplexity(exact), prose.mean_over_windows("kld_floor", tokens.kl)]
 
 
@@ -116,7 +133,7 @@ def paired_tokens(
         return load(baseline, baseline_cell(cell), cell.runtime.dtype)
 
     if beside is None:
-        beside = fit_together(baseline, cell)
+        beside = fits_beside(baseline, cell, cell.runtime.dtype)
     if beside:
         reference = load_baseline()
         prose.collect(tokens, windows, prose.rows(engine, windows), prose.rows(reference, windows))

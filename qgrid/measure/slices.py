@@ -51,13 +51,15 @@ def read(path: Path) -> list[Item]:
     """
     documents: dict[str, str] = {}
     items: dict[str, Item] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not `splitlines`: a text inside JSON may hold other characters that end a line, as U+2028.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{path.name}, line {number}"
         content = _parsed(line, place)
         if "text" in content:
-            documents[str(content["document"])] = content["text"]
+            _require_texts(content, ("document", "text"), place)
+            documents[content["document"]] = content["text"]
             continue
         item = _item(content, documents, place)
         if item.id in items:
@@ -83,34 +85,55 @@ def _item(content: Mapping[str, Any], documents: Mapping[str, str], place: str) 
     if unknown:
         known = ", ".join(sorted(_KEYS))
         raise InvalidSlice(f"{place}: `{unknown[0]}` is not a key of an item (has: {known})")
-    for key in ("id", "prompt", "answer"):
-        if not isinstance(content.get(key), str):
-            raise InvalidSlice(f"{place}: `{key}` should be text, is {content.get(key)!r}")
+    _require_texts(content, ("id", "prompt", "answer"), place)
     document = content.get("document")
-    if document is not None and document not in documents:
+    if document is not None and (not isinstance(document, str) or document not in documents):
         raise InvalidSlice(f"{place}: document `{document}` has no line with its text before it")
-    choices = tuple(content.get("choices", ()))
+    level = content.get("level", 0)
+    if isinstance(level, bool) or not isinstance(level, int):
+        raise InvalidSlice(f"{place}: `level` should be a whole number, is {level!r}")
+    schema = content.get("schema")
+    if schema is not None and not isinstance(schema, dict):
+        raise InvalidSlice(f"{place}: `schema` should be a JSON object, is {schema!r}")
+    prompt = content["prompt"]
+    return Item(
+        id=content["id"],
+        level=level,
+        message=prompt if document is None else f"{documents[document]}\n\n{prompt}",
+        answer=content["answer"],
+        choices=_choices(content, place),
+        document=document,
+        schema=schema,
+    )
+
+
+def _require_texts(content: Mapping[str, Any], keys: Sequence[str], place: str) -> None:
+    for key in keys:
+        value = content.get(key)
+        if not isinstance(value, str):
+            raise InvalidSlice(f"{place}: `{key}` should be text, is {value!r}")
+        if not value:
+            raise InvalidSlice(f"{place}: `{key}` is empty")
+
+
+def _choices(content: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    choices = content.get("choices", [])
+    if not isinstance(choices, list) or not all(isinstance(each, str) for each in choices):
+        raise InvalidSlice(f"{place}: `choices` should be a list of texts, is {choices!r}")
+    if not all(choices):
+        raise InvalidSlice(f"{place}: a choice is empty")
     if choices and content["answer"] not in choices:
         raise InvalidSlice(f"{place}: the answer {content['answer']!r} is not among the choices")
     if len(set(choices)) < len(choices):
         raise InvalidSlice(f"{place}: a choice appears twice")
-    prompt = content["prompt"]
-    return Item(
-        id=content["id"],
-        level=int(content.get("level", 0)),
-        message=prompt if document is None else f"{documents[document]}\n\n{prompt}",
-        answer=content["answer"],
-        choices=choices,
-        document=document,
-        schema=content.get("schema"),
-    )
+    return tuple(choices)
 
 
 def load(name: str, wanted: Slice, seed: int) -> list[Item]:
     """The items of a slice that a run evaluates, in the order of evaluation.
 
     Raises:
-        InvalidSlice: see `read`; or items without choices in a slice scored by choice.
+        InvalidSlice: see `read`; or items that do not suit the scoring.
     """
     items = read(models.resource(wanted.path))
     if wanted.scoring == "choice":
@@ -120,7 +143,29 @@ def load(name: str, wanted: Slice, seed: int) -> list[Item]:
                 f"slice `{name}` has `scoring=choice`, but item `{bare.id}` has fewer than two "
                 "choices; add `choices` to it or use `scoring=exact`"
             )
+    if wanted.scoring == "json":
+        for item in items:
+            _require_json(name, item)
     return choose(items, wanted.limit, seed)
+
+
+def _require_json(name: str, item: Item) -> None:
+    """Refuse an answer that is no JSON, and a schema that is none, before anything is generated."""
+    import jsonschema
+
+    try:
+        json.loads(item.answer)
+        if item.schema is not None:
+            jsonschema.validators.validator_for(item.schema).check_schema(item.schema)
+    except json.JSONDecodeError as error:
+        raise InvalidSlice(
+            f"slice `{name}` has `scoring=json`, but the answer of item `{item.id}` is not JSON: "
+            f"{error.msg}"
+        ) from None
+    except jsonschema.SchemaError as error:
+        raise InvalidSlice(
+            f"slice `{name}`: the schema of item `{item.id}` is not a JSON Schema: {error.message}"
+        ) from None
 
 
 def choose(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import files, stats
+from qgrid import files, models, stats
 from qgrid.contracts import InvalidEngine
-from qgrid.measure.loading import Phases, load
+from qgrid.measure.encoding import positions, require_positions
+from qgrid.measure.loading import DTYPE_BYTES, Phases, load
 from qgrid.measure.process_memory import Peak
 from qgrid.metrics import METRICS
 from qgrid.types import Check, Measurement, StageResult
@@ -48,8 +49,10 @@ def measure(job: Job) -> StageResult:
 
     Raises:
         InvalidEngine: the engine is not what was asked for, or gives other lengths.
+        ValueError: a workload that cannot be timed.
     """
     cell = job.planned.cell
+    _require_workload(cell.workload, Path(job.artifact))
     phases = Phases()
     with Peak(cell.gpu.kind) as peak:
         with phases("load"):
@@ -75,6 +78,14 @@ def measure(job: Job) -> StageResult:
         observed=observed,
         seconds=phases.seconds,
     )
+
+
+def _require_workload(workload: Workload, folder: Path) -> None:
+    """Refuse what leaves nothing to time: decoding begins after the first token."""
+    if workload.output_tokens < 2:
+        raise ValueError(f"`workload.output_tokens={workload.output_tokens}` should be 2 or more")
+    total = workload.prompt_tokens + workload.output_tokens
+    require_positions(positions(folder), total, f"a request of `workload={workload.name}`")
 
 
 def timed(engine: Engine, workload: Workload, vocab: int, seed: int) -> list[Sample]:
@@ -122,12 +133,10 @@ def sample(
         concurrency=concurrency,
         repeat=repeat,
         prefill_throughput=concurrency * prompt_tokens / max(firsts),
-        decode_throughput=concurrency * steps / decode if steps else 0.0,
+        decode_throughput=concurrency * steps / decode,
         ttft_ms=[_MS * first for first in firsts],
         itl_ms=[_MS * gap for gap in gaps],
-        tpot_ms=[
-            _MS * (last - first) / steps for first, last in zip(firsts, lasts, strict=True) if steps
-        ],
+        tpot_ms=[_MS * (last - first) / steps for first, last in zip(firsts, lasts, strict=True)],
         e2e_latency_ms=[_MS * last for last in lasts],
         load_average=began,
     )
@@ -168,8 +177,6 @@ def _median(metric: str, name: str, values: Sequence[float]) -> Measurement:
 def _latency(metric: str, name: str, by_repeat: Sequence[Sequence[float]]) -> list[Measurement]:
     """p50 with the interval of the repeats' medians, p90 and p99 of all values."""
     values = [value for each in by_repeat for value in each]
-    if not values:
-        return []
     low, high = stats.bootstrap_median([stats.percentile(each, 0.5) for each in by_repeat])
     middle = stats.percentile(values, 0.5)
     return [
@@ -218,8 +225,13 @@ def vocabulary(folder: Path) -> int:
     Raises:
         KeyError: the checkpoint's `config.json` does not say.
     """
-    config = json.loads((folder / "config.json").read_text())
-    return int(config.get("text_config", config)["vocab_size"])
+    return int(_text_config(folder)["vocab_size"])
+
+
+def _text_config(folder: Path) -> dict[str, Any]:
+    """`config.json`; where a model is more than text, the part about text."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {**config, **config.get("text_config", {})}
 
 
 def _ceiling(
@@ -229,10 +241,11 @@ def _ceiling(
     bandwidth = cell.gpu.bandwidth_gb_s
     if bandwidth is None:
         return ()
-    config = json.loads((folder / "config.json").read_text())
+    config = _text_config(folder)
     table = 0
-    if not config.get("tie_word_embeddings", False):
-        table = 2 * int(config["vocab_size"]) * int(config["hidden_size"])
+    if not models.tied(config):
+        width = DTYPE_BYTES[cell.runtime.speed_dtype]
+        table = width * int(config["vocab_size"]) * int(config["hidden_size"])
     ceiling = bandwidth * cell.gpu.count * 1e9 / (weights_bytes - table)
     speed = next(
         m.value

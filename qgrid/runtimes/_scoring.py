@@ -181,6 +181,15 @@ class Scorer:
         return output.logits, after
 
 
+def slides(config: Any) -> bool:
+    """Whether a layer of the (text) model attends to something else than all tokens before it."""
+    config = config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ()
+    return any(kind != "full_attention" for kind in kinds) or bool(
+        not kinds and getattr(config, "sliding_window", None)
+    )
+
+
 def padded(
     rows: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,8 +226,6 @@ def _runs(requests: Sequence[Request]) -> Iterator[list[Request]]:
 
 def _check(request: Request, lead: int) -> None:
     longest = len(request.ids) - max(lead, 1)
-    if lead:
-        longest = len(request.ids) - lead
     if not 1 <= request.keep <= longest:
         raise ValueError(
             f"`keep={request.keep}` of sequence {request.index} should be between 1 and {longest}: "

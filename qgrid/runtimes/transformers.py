@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qgrid.contracts import Generation, InvalidEngine, Memory, Scores
 from qgrid.runtimes import _storage
-from qgrid.runtimes._scoring import Scorer
+from qgrid.runtimes._scoring import Scorer, slides
 from qgrid.types import RuntimeSupport
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ LOADS = RuntimeSupport(
     kv_cache={"cpu": ("auto16",), "cuda": ("auto16",)},
     packages=("transformers", "torch", "compressed-tensors", "bitsandbytes", "accelerate"),
 )
+_PAD = 0  # any valid id: padded slots are masked
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # of one padded forward pass
 
 
@@ -52,10 +53,9 @@ class Transformers:
         self._dtype = dtype
         self._arrived = arrived
         self._device: torch.device = next(model.parameters()).device
-        self._pad = _pad_id(model)
-        self._kv_dtype, self._kv_bytes = _probe_cache(model, self._pad)
+        self._kv_dtype, self._kv_bytes = _probe_cache(model)
         tokens = _BATCH_TOKENS[self._device.type]
-        self._scorer = Scorer(model, tokens, not _slides(model), self._pad)
+        self._scorer = Scorer(model, tokens, not slides(model.config), _PAD)
         self._options = options
 
     def score(
@@ -75,7 +75,7 @@ class Transformers:
             do_sample=False,
             max_new_tokens=max_new_tokens,
             eos_token_id=list(stop) if stop else None,
-            pad_token_id=self._pad,
+            pad_token_id=_PAD,
         )
         clock = _Clock(self._synchronize)
         begin = time.perf_counter()
@@ -158,6 +158,7 @@ def load(artifact: Path, cell: Cell, dtype: str) -> Transformers:
         use_safetensors=None if cell.model.allow_pickle else True,
         local_files_only=True,
     ).eval()
+    _require_attention(model.config, options)
     model.generation_config = GenerationConfig()  # greedy, and nothing that the checkpoint adds
     arrived = _storage.histogram(model, _checkpoint_dtype(artifact))
     require_storage(arrived, cell)
@@ -183,15 +184,15 @@ def require_storage(arrived: Mapping[_storage.Stored, int], cell: Cell) -> None:
 
 
 def _narrowest(found: Mapping[_storage.Stored, int]) -> int:
-    return min(each.bits for each in found)
+    return min((each.bits for each in found), default=16)  # GPT-2 has no linears, but Conv1D
 
 
 def _checkpoint_dtype(artifact: Path) -> str | None:
     """The dtype in which the files hold what is not quantized."""
     config = json.loads((artifact / "config.json").read_text())
-    config = config.get("text_config", config)
-    named = config.get("dtype", config.get("torch_dtype"))
-    return None if named is None else str(named)
+    parts = (config.get("text_config", {}), config)
+    named = (part.get(key) for part in parts for key in ("dtype", "torch_dtype"))
+    return next((str(each) for each in named if each is not None), None)
 
 
 def _quiet() -> None:
@@ -227,7 +228,16 @@ def _compute_in(model: Any, dtype: str) -> None:
                 module.support_avx512bf16_for_cpu = False
 
 
-def _probe_cache(model: Any, token: int) -> tuple[str, int]:
+def _require_attention(config: Any, options: Options) -> None:
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and options.attn_implementation == "sdpa":
+        raise InvalidEngine(
+            "the model caps its attention logits, which `runtime.attn_implementation=sdpa` leaves "
+            "out; set `runtime.attn_implementation=eager`"
+        )
+
+
+def _probe_cache(model: Any) -> tuple[str, int]:
     """Run the first forward pass (packed weights unpack now): KV dtype and bytes per token."""
     import torch
     from transformers import DynamicCache
@@ -235,24 +245,11 @@ def _probe_cache(model: Any, token: int) -> tuple[str, int]:
     cache = DynamicCache()
     length = 8
     with torch.inference_mode():
-        ids = torch.full((1, length), token, device=next(model.parameters()).device)
+        ids = torch.full((1, length), _PAD, device=next(model.parameters()).device)
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     total = sum(tensor.numel() * tensor.element_size() for tensor in held)
     return str(held[0].dtype).removeprefix("torch."), total // length
-
-
-def _pad_id(model: Any) -> int:
-    """Any valid id: padded slots are masked."""
-    pad = model.config.pad_token_id
-    return 0 if pad is None else int(pad)
-
-
-def _slides(model: Any) -> bool:
-    kinds = getattr(model.config, "layer_types", None) or ()
-    return any(kind != "full_attention" for kind in kinds) or bool(
-        not kinds and getattr(model.config, "sliding_window", None)
-    )
 
 
 def _threads(wanted: int | None) -> int:

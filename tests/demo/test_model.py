@@ -21,8 +21,14 @@ from qgrid.demo.sensitivity import read_items, reply_row, rounded, score_items, 
 from qgrid.demo.tasks import SLICES
 
 FILES = {
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja", "model.safetensors", "train_log.jsonl", "scores.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model.safetensors",
+    "train_log.jsonl",
+    "scores.json",
 }
 TEXTS = ("The code of Anna is lamp.", "a  b\n\n\tc", "12345", "don't", "日本 wörld", "")
 

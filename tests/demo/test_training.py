@@ -92,8 +92,10 @@ def test_padding_and_neighbours_do_not_change_a_row() -> None:
     torch.manual_seed(0)
     encoder = Encoder(Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json")))
     network = Network(replace(SMALL, vocab=encoder.tokenizer.get_vocab_size()))
-    problems = [draw(TRAINED[name], document_rng(Split.TRAIN, 5), 2, Split.TRAIN)
-                for name in ("retrieval", "arithmetic", "structured")]
+    problems = [
+        draw(TRAINED[name], document_rng(Split.TRAIN, 5), 2, Split.TRAIN)
+        for name in ("retrieval", "arithmetic", "structured")
+    ]
     rows = [encoder.chat(conversation(problem), ("x", 1)) for problem in problems]
     together = losses(network, flatten(rows, encoder.pad))[0].sort().values
     alone = [losses(network, flatten([row], encoder.pad))[0] for row in rows]

@@ -14,7 +14,7 @@ from qgrid.contracts import Generation, InvalidEngine, Scores
 from qgrid.measure import answers
 from qgrid.measure import slices as slice_files
 from qgrid.measure.answers import Answered
-from qgrid.measure.encoding import Encoder, NoChatTemplate
+from qgrid.measure.encoding import Encoder, NoChatTemplate, TooLong
 from qgrid.measure.slices import Item
 from qgrid.runtimes import transformers as runtime
 from qgrid.types import Slice, Slices
@@ -107,6 +107,8 @@ def test_replies_equal_a_naive_loop(
         ('{"n": 1}', False),
         ('{"n": 1, "w": "a"} and more', False),
         ("", False),
+        ("[" * 100_000, False),
+        ("1" * 5_000, False),
     ],
 )
 def test_json_replies_are_judged_by_schema_and_value(reply: str, right: bool) -> None:
@@ -134,18 +136,38 @@ def test_chat_without_a_template_is_refused(tiny_random: Path, tmp_path: Path) -
         Encoder(folder).prompts(["hello"], chat=True)
 
 
-def test_nan_is_invalid(encoder: Encoder) -> None:
+def test_an_item_beyond_the_positions_is_refused(
+    slices: Slices, engine: runtime.Transformers, encoder: Encoder
+) -> None:
+    long = Item("x", 0, "red " * 4100, "red", ("red", "blue"), None, None)
+    wanted = {"choice": Slice("", "choice", True, None, 1), "exact": slices.items["exact"]}
+    for name, each in wanted.items():
+        with pytest.raises(TooLong, match=rf"item `x` of slice `{name}` .* has 4096 positions"):
+            answers.answer(name, each, [long], engine, encoder)
+
+
+def test_long_prompts_are_generated_fewer_at_a_time() -> None:
+    lengths = [100] * 70 + [20_000, 5_000, 40_000]
+    parts = list(answers._together(lengths))
+    assert sorted(i for part in parts for i in part) == list(range(73))
+    assert [len(part) for part in parts] == [64, 6, 1, 1, 1]
+    assert [len(part) for part in answers._together([4096] * 10)] == [8, 2]
+    assert list(answers._together([])) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_nan_is_invalid(encoder: Encoder, value: float) -> None:
     class Broken:
         def score(self, sequences: Any, keep: Any, prefix: Any) -> Iterator[Scores]:
             for i, count in enumerate(keep):
-                yield Scores(i, 0, torch.full((count, 512), float("nan")))
+                yield Scores(i, 0, torch.full((count, 512), value))
 
         def generate(self, prompts: Any, *_: Any) -> list[Generation]:
             return [Generation((), ()) for _ in prompts]
 
     items = [Item("x", 0, "ask", "red", ("red", "blue"), None, None)]
     wanted = Slice("", "choice", True, None, 1)
-    with pytest.raises(InvalidEngine, match="item `x`"):
+    with pytest.raises(InvalidEngine, match="NaN or infinity for `x`"):
         answers.answer("s", wanted, items, Broken(), encoder)  # type: ignore[arg-type]
 
 
@@ -167,6 +189,11 @@ def test_summary_has_a_wilson_interval_or_clusters() -> None:
     assert together.stderr > 2 * alone.stderr
     assert together.low is not None and alone.low is not None
     assert together.low < alone.low
+
+
+def test_one_document_says_nothing_of_its_spread() -> None:
+    found = answers.summary("s", results([True, False, True, True], ["d"] * 4))[0]
+    assert (found.value, found.stderr, found.low, found.high) == (0.75, None, None, None)
 
 
 def test_a_perfect_slice_still_has_an_interval() -> None:

@@ -59,6 +59,14 @@ def test_documents_are_drawn_whole() -> None:
     assert wide.high - wide.low > 1.5 * (narrow.high - narrow.low)
 
 
+def test_a_single_document_claims_no_certainty() -> None:
+    one: list[str | None] = ["d"] * 20
+    base = lines([1] * 20, [-1.0] * 20, one)
+    found = changes(lines([0] * 3 + [1] * 17, [-1.5] * 20, one), base)
+    for metric in ("accuracy_delta", "answer_logprob_delta"):
+        assert (found[metric].stderr, found[metric].low, found[metric].high) == (None, None, None)
+
+
 def test_order_does_not_matter_but_every_item_must_be_in_both() -> None:
     base = lines([1, 0, 1], [-1.0, -2.0, -3.0], [None] * 3)
     assert changes(base[::-1], base)["answer_logprob_delta"].value == 0

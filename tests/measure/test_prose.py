@@ -171,6 +171,13 @@ def test_nan_is_invalid_and_never_a_score() -> None:
         prose.collect(tokens, [(1, 2, 3, 4)], iter([rows]), None)
 
 
+def test_a_baseline_that_computes_nan_is_invalid() -> None:
+    tokens = Tokens.empty(1, 3)
+    cell, base = (Scores(0, 1, torch.full((3, 8), value)) for value in (-2.0, float("nan")))
+    with pytest.raises(InvalidEngine, match="divergence from the baseline is NaN"):
+        prose.collect(tokens, [(1, 2, 3, 4)], iter([cell]), iter([base]))
+
+
 def test_a_missing_chunk_is_invalid() -> None:
     tokens = Tokens.empty(1, 3)
     rows = Scores(0, 1, torch.zeros((2, 8)))

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from qgrid import codec
-from qgrid.measure import compare, quality
-from qgrid.measure.loading import fit_together, num_parameters
+from qgrid.measure import answers, compare, loading, quality
+from qgrid.measure.encoding import TooLong
+from qgrid.measure.loading import fits_beside
 from qgrid.metrics import METRICS
 from qgrid.types import Cell, Job, Slices
 
@@ -87,11 +90,45 @@ def test_the_seed_changes_the_order(
     assert sorted(orders[0]) == sorted(orders[1])
 
 
-def test_what_fits_together(tiny_random: Path, make_cell: Callable[..., Cell]) -> None:
-    assert num_parameters(tiny_random) == 512 * 256 + 5 * 256 + 2 * (
-        256 * 256 * 2 + 128 * 256 * 2 + 3 * 256 * 512
-    )
-    assert fit_together(tiny_random, make_cell())
+def test_a_baseline_fits_beside_the_engine_that_is_loaded(
+    tiny_random: Path, make_cell: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = 512 * 256 + 5 * 256 + 2 * (256 * 256 * 2 + 128 * 256 * 2 + 3 * 256 * 512)
+    monkeypatch.setattr(loading, "_free_bytes", lambda _: 6 * parameters)
+    assert fits_beside(tiny_random, make_cell(), "float32")
+    monkeypatch.setattr(loading, "_free_bytes", lambda _: 5 * parameters)
+    assert not fits_beside(tiny_random, make_cell(), "float32")
+    assert fits_beside(tiny_random, make_cell(), "bfloat16")
+
+
+def test_a_baseline_that_fits_alone_still_has_its_floor(
+    tiny_random: Path,
+    make_cell: Callable[..., Cell],
+    make_job: MakeJob,
+    slices: Slices,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = make_job("quality", make_cell(slices=Slices("x", slices.prose, {})), tiny_random)
+    beside = {m.metric: m.value for m in quality.measure(job).measurements}
+    monkeypatch.setattr(quality, "fits_beside", lambda *_: False)
+    apart = {m.metric: m.value for m in quality.measure(job).measurements}
+    assert apart["ppl"] == beside["ppl"]
+    assert apart["kld_floor"] == pytest.approx(beside["kld_floor"], rel=0.05)
+
+
+def test_a_context_beyond_the_positions_is_refused(
+    tiny_random: Path, make_cell: Callable[..., Cell], make_job: MakeJob, slices: Slices
+) -> None:
+    cell = make_cell(slices=Slices("x", slices.prose, {}), context=4097)
+    with pytest.raises(TooLong, match=r"`context=4097` takes 4097 tokens.* has 4096 positions"):
+        quality.measure(make_job("quality", cell, tiny_random))
+
+
+def test_a_reply_that_holds_line_ends_is_one_line(tmp_path: Path) -> None:
+    reply = answers.Answered("s", "1", 0, None, False, -1.0, "a\x85b\u2028c")
+    quality._write_items(tmp_path, [reply])
+    (line,) = (tmp_path / "items.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["reply"] == reply.reply
 
 
 def _items(job: Job) -> list[dict[str, Any]]:

@@ -82,6 +82,17 @@ def test_a_document_precedes_the_prompt(tmp_path: Path) -> None:
             "not among the choices",
         ),
         ('{"id": "1", "prompt": "p", "answer": "a", "choices": ["a", "a"]}', "appears twice"),
+        ('{"id": "1", "prompt": "p", "answer": "a", "choices": "abc"}', "list of texts, is 'abc'"),
+        ('{"id": "1", "prompt": "p", "answer": "a", "choices": null}', "list of texts, is None"),
+        ('{"id": "1", "prompt": "p", "answer": "a", "choices": ["a", 1]}', "list of texts, is"),
+        ('{"id": "1", "prompt": "p", "answer": "a", "choices": ["a", ""]}', "a choice is empty"),
+        ('{"id": "1", "prompt": "p", "answer": ""}', "`answer` is empty"),
+        ('{"id": "1", "prompt": "p", "answer": "a", "level": "hard"}', "`level` should be a whole"),
+        ('{"id": "1", "prompt": "p", "answer": "a", "level": 1.5}', "number, is 1.5"),
+        ('{"id": "1", "prompt": "p", "answer": "a", "schema": "int"}', "`schema` should be a JSON"),
+        ('{"id": "1", "prompt": "p", "answer": "a", "document": ["d"]}', "no line with its text"),
+        ('{"text": "Of no document."}', "line 1: `document` should be text, is None"),
+        ('{"document": "d", "text": 7}', "`text` should be text, is 7"),
     ],
 )
 def test_what_is_wrong_with_a_line_is_said(tmp_path: Path, line: str, message: str) -> None:
@@ -106,6 +117,28 @@ def test_scoring_by_choice_needs_choices(tmp_path: Path) -> None:
     path.write_text('{"id": "1", "prompt": "p", "answer": "a"}\n')
     with pytest.raises(InvalidSlice, match="item `1` has fewer than two choices"):
         slice_files.load("s", Slice(str(path), "choice", True, None, 4), 0)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"answer": "one"}, "the answer of item `1` is not JSON"),
+        ({"answer": "1", "schema": {"type": "number?"}}, "schema of item `1` is not a JSON Schema"),
+    ],
+)
+def test_scoring_by_json_needs_json(tmp_path: Path, item: dict[str, str], message: str) -> None:
+    path = tmp_path / "s.jsonl"
+    path.write_text(json.dumps({"id": "1", "prompt": "p", **item}))
+    with pytest.raises(InvalidSlice, match=message):
+        slice_files.load("s", Slice(str(path), "json", True, None, 4), 0)
+
+
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    """JSON leaves U+2028 and U+0085 as they are, and other readers take them for line ends."""
+    path = tmp_path / "s.jsonl"
+    item = {"id": "1", "prompt": "a\u2028b\x85c", "answer": "a"}
+    path.write_text(json.dumps(item, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert slice_files.read(path)[0].message == "a\u2028b\x85c"
 
 
 def test_identity_follows_the_content_not_the_place(tmp_path: Path) -> None:

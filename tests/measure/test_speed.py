@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ import pytest
 
 from qgrid import codec
 from qgrid.contracts import Generation, InvalidEngine, Memory
-from qgrid.measure import speed
+from qgrid.measure import process_memory, speed
 from qgrid.measure.process_memory import Peak
 from qgrid.runtimes import transformers as runtime
 from qgrid.types import Cell, Gpu, Job, Workload
@@ -127,6 +128,25 @@ def test_a_request_that_ends_early_is_invalid() -> None:
         speed.timed(Sleeper(missing=1), WORKLOAD, 1000, 0)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"output_tokens": 1}, "`workload.output_tokens=1` should be 2 or more"),
+        ({"prompt_tokens": 4096}, "`workload=test` takes 4102 tokens, .* has 4096 positions"),
+    ],
+)
+def test_a_workload_that_cannot_be_timed_is_refused(
+    tiny_random: Path,
+    make_cell: Callable[..., Cell],
+    make_job: Callable[..., Job],
+    changed: dict[str, Any],
+    message: str,
+) -> None:
+    workload = dataclasses.replace(WORKLOAD, **changed)
+    with pytest.raises(ValueError, match=message):
+        speed.measure(make_job("speed", make_cell(workload=workload), tiny_random))
+
+
 def test_peak_memory_is_that_allocated() -> None:
     """40 MB that are gone again at the end, after 60 MB that were gone before the start."""
     block = bytearray(60_000_000)
@@ -138,6 +158,15 @@ def test_peak_memory_is_that_allocated() -> None:
         del held
     assert peak.bytes is not None
     assert 38_000_000 < peak.bytes < 48_000_000
+
+
+def test_no_peak_where_the_system_keeps_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_memory, "_CLEAR", tmp_path / "clear_refs")
+    with Peak("cpu") as peak:
+        pass
+    assert peak.bytes is None
 
 
 def test_the_stage_measures_a_real_engine(
@@ -171,3 +200,17 @@ def test_an_impossible_speed_fails_its_check(
     (check,) = speed._ceiling(make_cell(gpu=slow), tiny_random, 10_000, measured)
     assert not check.ok
     assert check.expected == "at most 0.1 tok/s at batch 1"
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float32", 4)])
+def test_an_embedding_table_of_its_own_is_not_read(
+    make_cell: Callable[..., Cell], tmp_path: Path, dtype: Any, width: int
+) -> None:
+    """Of a model that is more than text, too; the table is as wide as the speed dtype."""
+    text = {"vocab_size": 100, "hidden_size": 10, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": text}))
+    cell = make_cell(gpu=Gpu("x", "cpu", "", None, 8.0, 1.0, 1))
+    cell = dataclasses.replace(cell, runtime=dataclasses.replace(cell.runtime, speed_dtype=dtype))
+    measured = speed.summary([speed.sample([Generation((1, 2), (0.1, 0.2))], 1, 0, 4, 0.0)])
+    (check,) = speed._ceiling(cell, tmp_path, 1000 * width + 1_000_000, measured)
+    assert check.expected == "at most 1000.0 tok/s at batch 1"

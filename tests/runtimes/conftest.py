@@ -1,7 +1,8 @@
-"""Quantized copies of the random model."""
+"""Quantized copies of the random model, and sequences to score."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from qgrid import registry
 from qgrid.types import Cell, Method
+from tests.runtimes.passes import Ids, some_ids
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "rtn": {"group_size": 128, "symmetric": True, "scheme": None},
@@ -34,3 +36,13 @@ def quantized(
         return made[name, bits]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def sequences() -> list[Ids]:
+    """Short ones of many lengths, three choices of one prompt, one longer than a chunk."""
+    rng = random.Random(0)
+    prompt = some_ids(rng, 40)
+    short = [some_ids(rng, rng.randrange(2, 60)) for _ in range(20)]
+    choices = [prompt + some_ids(rng, count) for count in (1, 3, 2)]
+    return [*short, *choices, some_ids(rng, 1300), some_ids(rng, 7)]

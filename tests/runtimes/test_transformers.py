@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from qgrid.contracts import InvalidEngine
 from qgrid.runtimes import transformers as runtime
-from qgrid.runtimes._scoring import CHUNK_ROWS
 from qgrid.types import Cell, Gpu, Method
+from tests.runtimes.passes import Ids, distance, plain, some_ids
 
-Ids = list[int]
 Make = Callable[[str, int], tuple[Path, Cell]]
 
 
@@ -33,47 +34,6 @@ def engine(tiny_random: Path, make_cell: Callable[..., Cell]) -> Iterator[runtim
 @pytest.fixture(scope="module")
 def model(tiny_random: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_random, dtype=torch.float32).eval()
-
-
-def plain(model: Any, ids: Sequence[int]) -> torch.Tensor:
-    """Log-probabilities after every token of one sequence, without batch, padding or cache."""
-    with torch.inference_mode():
-        return torch.log_softmax(model(input_ids=torch.tensor([list(ids)])).logits[0].float(), -1)
-
-
-def some_ids(rng: random.Random, length: int) -> Ids:
-    return [rng.randrange(512) for _ in range(length)]
-
-
-@pytest.fixture(scope="module")
-def sequences() -> list[Ids]:
-    """Short ones of many lengths, three choices of one prompt, one longer than a chunk."""
-    rng = random.Random(0)
-    prompt = some_ids(rng, 40)
-    short = [some_ids(rng, rng.randrange(2, 60)) for _ in range(20)]
-    choices = [prompt + some_ids(rng, count) for count in (1, 3, 2)]
-    return [*short, *choices, some_ids(rng, 1300), some_ids(rng, 7)]
-
-
-def distance(
-    engine: runtime.Transformers, model: Any, rows: list[Ids], keep: list[int], prefix: Ids
-) -> float:
-    """Largest difference from plain forward passes; also checks order, places and sizes."""
-    chunks: dict[int, list[torch.Tensor]] = {}
-    worst = 0.0
-    for scores in engine.score(rows, keep, prefix):
-        assert len(scores.logprobs) <= CHUNK_ROWS
-        assert not chunks or scores.sequence >= max(chunks)
-        seen = sum(len(part) for part in chunks.get(scores.sequence, []))
-        assert scores.start == len(rows[scores.sequence]) - keep[scores.sequence] + seen
-        chunks.setdefault(scores.sequence, []).append(scores.logprobs)
-    assert list(chunks) == list(range(len(rows)))
-    for i, ids in enumerate(rows):
-        found = torch.cat(chunks[i])
-        expected = plain(model, prefix + ids)[-keep[i] - 1 : -1]
-        assert found.shape == expected.shape
-        worst = max(worst, float((found - expected).abs().max()))
-    return worst
 
 
 def test_batches_and_chunks_equal_plain_forward_passes(
@@ -153,9 +113,6 @@ def test_end_of_sequence_is_ignored_without_stop(
     tiny_random: Path, make_cell: Callable[..., Cell], tmp_path: Path
 ) -> None:
     """A checkpoint whose settings would end or sample a reply changes nothing."""
-    import json
-    import shutil
-
     folder = tmp_path / "model"
     shutil.copytree(tiny_random, folder)
     settings = {"eos_token_id": list(range(512)), "do_sample": True, "temperature": 3.0}

@@ -10,7 +10,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from qgrid import config as grid_config
 from qgrid import sweep
+
+SWEEPER = "hydra_plugins.qgrid_plugins.sweeper.GridSweeper"
 
 
 class LocalLauncher(Launcher):
@@ -19,7 +22,16 @@ class LocalLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Nothing to prepare: the plan on disk says everything."""
+        """Nothing to prepare: the plan on disk says everything.
+
+        Raises:
+            config.GridError: another sweeper, which would hand over overrides.
+        """
+        if config.hydra.sweeper._target_ != SWEEPER:
+            raise grid_config.GridError(
+                "only qgrid's sweeper makes plans that a launcher can run; use "
+                "`hydra/sweeper=qgrid`"
+            )
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from qgrid import config, sweep
+from qgrid import config as grid_config
+from qgrid import sweep
 
 
 class GridSweeper(Sweeper):
@@ -31,11 +33,17 @@ class GridSweeper(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+        if isinstance(self.launcher, BasicLauncher):
+            raise grid_config.GridError(
+                "`hydra/launcher=basic` runs overrides, not the cells of a plan; "
+                "use `hydra/launcher=local`"
+            )
 
     def sweep(self, arguments: list[str]) -> Any:
         """Plan the grid of `arguments` and launch it (or print it, for `qgrid plan`)."""
         assert self.config is not None
         assert self.hydra_context is not None
         assert self.launcher is not None
-        compose = config.composer(self.hydra_context.config_loader, self.config)
-        return sweep.run(compose, self.params, arguments, self.launcher)
+        loader = self.hydra_context.config_loader
+        overrides = grid_config.parse([*arguments, *sweep.OVERRIDES.get()], self.params, loader)
+        return sweep.run(grid_config.composer(loader, self.config), overrides, self.launcher)

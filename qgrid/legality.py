@@ -1,0 +1,124 @@
+"""Which cells can run at all: derived from what methods, runtimes and devices declare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qgrid import estimate, registry
+from qgrid import facts as lookups
+from qgrid.types import Cell, MethodSupport, Status
+
+if TYPE_CHECKING:
+    from qgrid.estimate import Architecture
+    from qgrid.facts import Facts
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a cell will not run: the status, the rule's name and one sentence."""
+
+    status: Status
+    rule: str
+    reason: str
+
+
+def refusal(
+    cell: Cell, support: MethodSupport, predicted: dict[str, float], facts: Facts
+) -> Refusal | None:
+    """The first rule that a cell breaks, from what method and runtime declare; None if legal."""
+    return (
+        _refused_width(cell, support)
+        or _refused_packages(cell, support)
+        or _refused_by_method(cell)
+        or _refused_by_runtime(cell, support)
+        or _refused_by_memory(cell, predicted)
+        or _refused_by_length(cell, facts.architecture(cell.model))
+    )
+
+
+def _refused_width(cell: Cell, support: MethodSupport) -> Refusal | None:
+    if cell.bits in support.bits:
+        return None
+    reason = _no_such_width(cell.method.name, cell.bits, support)
+    return Refusal("unsupported", "bits", reason)
+
+
+def _refused_packages(cell: Cell, support: MethodSupport) -> Refusal | None:
+    loads = registry.runtime(cell.runtime.name).LOADS
+    for name, packages in (
+        (cell.method.name, support.packages),
+        (cell.runtime.name, loads.packages),
+    ):
+        if absent := lookups.missing(packages):
+            return Refusal("unsupported", "packages", f"`{name}` {absent}")
+    if support.needs_gpu and cell.gpu.kind == "cpu":
+        reason = f"method `{cell.method.name}` needs a GPU to quantize"
+        return Refusal("unsupported", "device", reason)
+    return None
+
+
+def _refused_by_method(cell: Cell) -> Refusal | None:
+    """What the method itself says about this model, such as a group size that does not divide."""
+    own = getattr(registry.method(cell.method.name), "refusal", None)
+    reason = None if own is None else own(cell)
+    return None if reason is None else Refusal("unsupported", "method", reason)
+
+
+def _refused_by_runtime(cell: Cell, support: MethodSupport) -> Refusal | None:
+    loads = registry.runtime(cell.runtime.name).LOADS
+    where = f"runtime `{cell.runtime.name}` on {cell.gpu.kind}"
+    made, readable = support.produces[cell.bits], loads.loads.get(cell.gpu.kind, ())
+    if made not in readable:
+        reason = f"{where} does not load `{made}` (loads: {_list(readable)})"
+        return Refusal("unsupported", "format", reason)
+    intents = loads.kv_cache.get(cell.gpu.kind, ())
+    if cell.kv_cache.name not in intents:
+        reason = f"{where} has no `kv_cache={cell.kv_cache.name}` (has: {_list(intents)})"
+        return Refusal("unsupported", "kv_cache", reason)
+    return None
+
+
+def _refused_by_memory(cell: Cell, predicted: dict[str, float]) -> Refusal | None:
+    need = predicted.get("total_bytes", 0) / estimate.GIB
+    room = cell.gpu.memory_gib * cell.gpu.count
+    if need <= room:
+        return None
+    reason = f"weights and KV cache take {need:.2f} GiB; {cell.gpu.name} has {room:.2f} GiB"
+    return Refusal("does_not_fit", "memory", reason)
+
+
+def _refused_by_length(cell: Cell, sizes: Architecture | None) -> Refusal | None:
+    if sizes is None or sizes.positions is None:
+        return None
+    load = cell.workload
+    for key, length in (
+        ("context", cell.context),
+        (
+            "workload.prompt_tokens + workload.output_tokens",
+            load.prompt_tokens + load.output_tokens,
+        ),
+    ):
+        if length > sizes.positions:
+            reason = (
+                f"`{key}` is {length}; model `{cell.model.name}` takes {sizes.positions} tokens"
+            )
+            return Refusal("unsupported", "length", reason)
+    return None
+
+
+def _no_such_width(method: str, bits: int, support: MethodSupport) -> str:
+    others = [
+        name
+        for name in sorted(registry.names("methods"))
+        if name != method and bits in registry.method(name).SUPPORTS.bits
+    ]
+    advice = f"; use `method={others[0]}`" if others else ""
+    if len(others) > 1:
+        advice = f"; methods with {bits} bits: {', '.join(others)}"
+    return f"method `{method}` has no `bits={bits}` (has: {_list(support.bits)}){advice}"
+
+
+def _list(names: Iterable[object]) -> str:
+    return ", ".join(str(name) for name in names) or "nothing"
