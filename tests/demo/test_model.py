@@ -85,7 +85,7 @@ def test_tokenizer_is_split_as_qwen2_does() -> None:
     assert found["normalizer"] == {"type": "NFC"}
     assert found["model"]["type"] == "BPE"
     split, byte_level = found["pre_tokenizer"]["pretokenizers"]
-    assert split["type"], split["behavior"] == ("Split", "Isolated")
+    assert (split["type"], split["behavior"]) == ("Split", "Isolated")
     assert split["pattern"] == {"Regex": tokenizers.QWEN2_REGEX}
     assert (byte_level["add_prefix_space"], byte_level["use_regex"]) == (False, False)
     digits = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json")).encode("2024").tokens
