@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import re
@@ -199,9 +200,34 @@ def composer(loader: Any, master: Any) -> Compose:
     """Hydra's own composition of one configuration under the command line's `hydra.*` overrides."""
     from hydra.types import RunMode
 
+    if not isinstance(loader.repository, _ReadOnce):
+        loader.repository = _ReadOnce(loader.repository, {})
     own = list(master.hydra.overrides.hydra)
     name = master.hydra.job.config_name
     return lambda lines: composed(loader.load_configuration(name, [*own, *lines], RunMode.RUN))
+
+
+class _ReadOnce:
+    """Hydra's config repository, each file parsed once for all cells: parsing is most of the time.
+
+    Composition changes what it is given, so every caller gets a copy.
+    """
+
+    def __init__(self, repository: Any, known: dict[str, Any]) -> None:
+        self._repository = repository
+        self._known = known  # config path -> what was read
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ReadOnce:
+        """Hydra works on a copy for every cell: what was read is common to all."""
+        return _ReadOnce(copy.deepcopy(self._repository, memo), self._known)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._repository, name)
+
+    def load_config(self, config_path: str) -> Any:
+        if config_path not in self._known:
+            self._known[config_path] = self._repository.load_config(config_path)
+        return copy.deepcopy(self._known[config_path])
 
 
 def composed(config: Any) -> Composed:

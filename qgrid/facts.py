@@ -9,12 +9,12 @@ from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
-from qgrid import codec, device, environment, models
+from qgrid import codec, device, environment, models, registry
 from qgrid.calibration import calibration_identity
 from qgrid.estimate import Architecture
 from qgrid.files import HashCache
 from qgrid.measure import slices as slice_files
-from qgrid.types import Calibration, Gpu, Model, Slices
+from qgrid.types import Calibration, Cell, Gpu, Model, Slices
 
 T = TypeVar("T")
 
@@ -32,6 +32,7 @@ class Facts:
     def __init__(self, hashes: HashCache) -> None:
         self._hashes = hashes
         self._memo: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self._refused: dict[tuple[int, int, int], tuple[Cell, str | None]] = {}
 
     def digest(self, value: object) -> str:
         """`codec.digest`, once for each object."""
@@ -81,6 +82,14 @@ class Facts:
     def machine(self) -> Gpu:
         """The device found here."""
         return device.describe()
+
+    def refused_by_method(self, cell: Cell) -> str | None:
+        """What the cell's method says against its model at this width, asked once for each."""
+        key = (id(cell.model), id(cell.method), cell.bits)
+        if key not in self._refused:
+            own = getattr(registry.method(cell.method.name), "refusal", None)
+            self._refused[key] = (cell, None if own is None else own(cell))
+        return self._refused[key][1]
 
     def _once(self, what: str, value: Any, compute: Callable[[Any], T]) -> T:
         key = (what, id(value))

@@ -31,7 +31,7 @@ def refusal(
     return (
         _refused_width(cell, support)
         or _refused_packages(cell, support)
-        or _refused_by_method(cell)
+        or _refused_by_method(cell, facts)
         or _refused_by_runtime(cell, support)
         or _refused_by_memory(cell, predicted)
         or _refused_by_length(cell, facts.architecture(cell.model))
@@ -59,10 +59,9 @@ def _refused_packages(cell: Cell, support: MethodSupport) -> Refusal | None:
     return None
 
 
-def _refused_by_method(cell: Cell) -> Refusal | None:
+def _refused_by_method(cell: Cell, facts: Facts) -> Refusal | None:
     """What the method itself says about this model, such as a group size that does not divide."""
-    own = getattr(registry.method(cell.method.name), "refusal", None)
-    reason = None if own is None else own(cell)
+    reason = facts.refused_by_method(cell)
     return None if reason is None else Refusal("unsupported", "method", reason)
 
 
