@@ -29,7 +29,13 @@ class Built:
 
 
 class MethodModule(Protocol):
-    """A file of `qgrid/methods/` (or an entry point of the group `qgrid.methods`)."""
+    """A file of `qgrid/methods/` (or an entry point of the group `qgrid.methods`).
+
+    It may also offer, all without torch: `option_bits(options) -> int | None`, the width that an
+    option implies; `refusal(cell) -> str | None`, why this model cannot be stored so;
+    `linear_bits_per_weight(bits, options) -> float`, the planned size, and
+    `stored_bits(bits, options, rows, columns) -> float`, the exact size that `bits` is checked by.
+    """
 
     SUPPORTS: MethodSupport
     Options: type  # frozen dataclass of the method's own options; the YAML gives the values
