@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -39,8 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--help" in rest or "-h" in rest:
         print(USAGE.format(choices=_choices(rest)), end="")
         return 0
+    if verb is None and rest and rest[0].isidentifier():
+        return _wrong(_unknown_verb(rest[0]))
     try:
         return VERBS[verb](rest) if verb else _grid(rest)
+    except ModuleNotFoundError as error:
+        return _wrong(
+            f"this Python has no module `{error.name}`; activate qgrid's environment "
+            "(`. .venv/bin/activate` after `make run`) or `pip install` qgrid"
+        )
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `qgrid plan | head` has read enough
@@ -120,6 +128,13 @@ def _on_sweep(verb: str, arguments: list[str], act: Callable[[Path, str | None],
         raise
     except (ValueError, OSError) as error:  # a record or a plan that this version cannot read
         return _wrong(" ".join(str(error).split()))
+
+
+def _unknown_verb(word: str) -> str:
+    known = [name for name in VERBS if name]
+    near = difflib.get_close_matches(word, known, n=1)
+    hint = f"; did you mean `{near[0]}`?" if near else "; an override is KEY=VALUE"
+    return f"`{word}` is no command (has: {', '.join(known)}){hint}"
 
 
 def _wrong(sentence: str) -> int:

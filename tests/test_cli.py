@@ -39,6 +39,7 @@ def qgrid(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess
         (["model=hf", "model.id=./nowhere"], ["nowhere", "folder"]),
         (["slices.items.code.path=gone.jsonl"], ["gone.jsonl"]),
         (["report"], ["no sweep"]),
+        (["reprot"], ["reprot", "did you mean `report`"]),
         (["plan", "method=rtn", "kv_cache=int3"], ["int3", "auto16"]),
         (["~calibration"], ["`calibration` is missing"]),
         (["+contxt=5"], ["contxt", "did you mean `context`"]),
@@ -82,6 +83,19 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "method=" in done.stdout
+
+
+def test_a_python_without_the_environment_is_one_sentence(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['hydra'] = None; from qgrid.__main__ import main; "
+        "sys.exit(main(['plan', 'method=rtn']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert "activate" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_cfg_shows_a_configuration(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ COLUMNS: dict[str, Callable[[PlannedCell], str]] = {
     "GiB": lambda p: _gib(p.predicted.get("total_bytes")),
     "will": lambda p: _will(p),  # noqa: PLW0108 - defined below
 }
-ALWAYS = ("cell", "method", "bits", "will")
+ALWAYS = ("cell", "method", "bits", "GiB", "will")
 
 
 def render(planned: Sequence[PlannedCell]) -> str:
