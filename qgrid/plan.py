@@ -7,16 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qgrid import codec, estimate, legality, registry
+from qgrid import baseline, codec, estimate, legality, registry
 from qgrid import facts as lookups
-from qgrid.types import Cell, Choice, Method, MethodSupport, PlannedCell
+from qgrid.types import Cell, Choice, MethodSupport, PlannedCell
 
 if TYPE_CHECKING:
     from qgrid.facts import Facts
-
-UNQUANTIZED = 16
-BASELINE = Method("none", {})
-BASELINE_KV = ("auto16", 16)
 
 
 class EmptyGrid(ValueError):
@@ -50,8 +46,8 @@ def build(choices: Iterable[Choice], facts: Facts) -> list[PlannedCell]:
     if all(planned.status is not None for planned in cells.values()):
         raise EmptyGrid(_emptied(rules, first))
     for planned in [p for p in cells.values() if p.status is None]:
-        baseline = _baseline(planned, facts)
-        cells.setdefault(baseline.cell_id, baseline)
+        needed = _baseline(planned, facts)
+        cells.setdefault(needed.cell_id, needed)
     return _ordered(list(cells.values()))
 
 
@@ -96,9 +92,9 @@ def _width(choice: Choice, support: MethodSupport) -> tuple[int, tuple[str, ...]
             f"`bits={asked}` and the options of `method={choice.method.name}` disagree: "
             f"they mean {implied} bits; drop one of the two"
         )
-    if support.bits == (UNQUANTIZED,) and asked not in (None, UNQUANTIZED):
+    if support.bits == (baseline.UNQUANTIZED,) and asked not in (None, baseline.UNQUANTIZED):
         note = f"`{choice.method.name}` has the one width 16; `bits={asked}` gives the same cell"
-        return UNQUANTIZED, (note,)
+        return baseline.UNQUANTIZED, (note,)
     if asked is None:
         asked = support.default_bits if implied is None else implied
     return asked, ()
@@ -118,7 +114,7 @@ def _predicted(cell: Cell, facts: Facts) -> dict[str, float]:
 def _identified(cell: Cell, facts: Facts, added: bool) -> PlannedCell:
     """A cell with the identities that its configuration and contents give it."""
     artifact_id = _artifact_id(cell, facts)
-    base = _as_baseline(cell)
+    base = baseline.of(cell)
     base_artifact = artifact_id if base == cell else _artifact_id(base, facts)
     quality_id = _quality_id(cell, artifact_id, base_artifact, facts)
     cell_id = _cell_id(cell, quality_id, facts)
@@ -169,20 +165,8 @@ def _cell_id(cell: Cell, quality_id: str, facts: Facts) -> str:
     return codec.digest([quality_id, *parts, *timing, facts.digest(cell.workload)])
 
 
-def _as_baseline(cell: Cell) -> Cell:
-    """The same cell at 16 bits with a 16-bit KV cache."""
-    if (
-        cell.method.name == BASELINE.name
-        and cell.bits == UNQUANTIZED
-        and cell.kv_cache.name == BASELINE_KV[0]
-    ):
-        return cell
-    kv_cache = replace(cell.kv_cache, name=BASELINE_KV[0], bits=BASELINE_KV[1])
-    return replace(cell, method=BASELINE, bits=UNQUANTIZED, kv_cache=kv_cache, calibration=None)
-
-
 def _baseline(planned: PlannedCell, facts: Facts) -> PlannedCell:
-    cell = _as_baseline(planned.cell)
+    cell = baseline.of(planned.cell)
     if cell == planned.cell:
         return planned
     predicted = _predicted(cell, facts)

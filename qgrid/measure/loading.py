@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qgrid import inspection, registry
-from qgrid.types import KvCache, Method
 
 if TYPE_CHECKING:
     from qgrid.contracts import Engine
@@ -40,13 +38,6 @@ class Phases:
 def load(folder: str | Path, cell: Cell, dtype: str) -> Engine:
     """The engine of the cell's runtime."""
     return registry.runtime(cell.runtime.name).load(Path(folder), cell, dtype)
-
-
-def baseline_cell(cell: Cell) -> Cell:
-    """The cell that quality compares with: 16-bit weights and a 16-bit KV cache."""
-    return dataclasses.replace(
-        cell, method=Method("none", {}), bits=16, kv_cache=KvCache("auto16", 16), calibration=None
-    )
 
 
 def is_baseline(job: Job) -> bool:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import files, models
+from qgrid import baseline, files, models
 from qgrid.measure import answers, prose, row_cache, slices
 from qgrid.measure.encoding import Encoder
-from qgrid.measure.loading import Phases, baseline_cell, fits_beside, is_baseline, load
+from qgrid.measure.loading import Phases, fits_beside, is_baseline, load
 from qgrid.measure.prose import Tokens
 from qgrid.types import Measurement, StageResult
 
@@ -126,14 +126,14 @@ def paired_tokens(
     """
     cell = job.planned.cell
     assert job.baseline is not None
-    baseline = Path(job.baseline)
+    folder = Path(job.baseline)
     tokens = Tokens.empty(len(windows), cell.context - 1)
 
     def load_baseline() -> Engine:
-        return load(baseline, baseline_cell(cell), cell.runtime.dtype)
+        return load(folder, baseline.of(cell), cell.runtime.dtype)
 
     if beside is None:
-        beside = fits_beside(baseline, cell, cell.runtime.dtype)
+        beside = fits_beside(folder, cell, cell.runtime.dtype)
     if beside:
         reference = load_baseline()
         prose.collect(tokens, windows, prose.rows(engine, windows), prose.rows(reference, windows))
