@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from qgrid.types import Cell, MethodSupport, RuntimeSupport
+    from qgrid.files import HashCache
+    from qgrid.types import Cell, Check, MethodSupport, RuntimeSupport
 
 
 @dataclass(frozen=True)
@@ -19,22 +20,35 @@ class Built:
 
     `reference` holds fp32 logits `(tokens, vocab)` of `probe` from the quantized model in memory,
     taken after saving, for the check that a reload computes the same. `module_methods` names what
-    really quantized each linear layer where the library knows (a fallback shows there).
+    really quantized each linear layer where the library knows (a fallback shows there). `checks`
+    are the method's own verdicts, kept in the manifest; a failed fatal one is a `bad_artifact`.
     """
 
     probe: Sequence[int] = ()
     reference: torch.Tensor | None = None
     module_methods: Mapping[str, str] | None = None
     calibration: Mapping[str, Any] | None = None  # source, sha256, samples, length, seed
+    checks: Sequence[Check] = ()
 
 
 class MethodModule(Protocol):
     """A file of `qgrid/methods/` (or an entry point of the group `qgrid.methods`).
 
-    It may also offer, all without torch: `option_bits(options) -> int | None`, the width that an
-    option implies; `refusal(cell) -> str | None`, why this model cannot be stored so;
-    `linear_bits_per_weight(bits, options) -> float`, the planned size, and
-    `stored_bits(bits, options, rows, columns) -> float`, the exact size that `bits` is checked by.
+    It may also offer, all without torch:
+
+    * `option_bits(options) -> int | None`: the width that an option implies;
+    * `resolved(bits, options) -> Mapping`: the options with what `bits` decides filled in;
+    * `calibrates(options) -> bool`: whether these options need the calibration text;
+    * `identity(options, hashes) -> Mapping`: content of the files that options name, for the id;
+    * `refusal(cell) -> str | None`: why this model cannot be stored so (`unsupported`);
+    * `mismatch(cell) -> str | None`: what would be stored instead of what is asked (`invalid`);
+    * `linear_bits_per_weight(bits, options) -> float`: the planned size of the linear layers, or
+      `bits_per_weight(bits, options) -> float` where embedding and head shrink as well;
+    * `stored_bits(bits, options, rows, columns)`: the exact size, or `(lowest, highest)`, that the
+      check `bits` holds every layer against;
+    * `checks(folder, cell) -> Sequence[Check]`: own verdicts about stored files, cheap enough for
+      every use of them;
+    * `UNQUANTIZED`: the options of its 16-bit form, if a runtime names it as its `baseline`.
     """
 
     SUPPORTS: MethodSupport
@@ -103,12 +117,19 @@ class Engine(Protocol):
     def observed(self) -> Mapping[str, Any]:
         """Device, stored and computed dtypes, KV dtype, attention implementation, threads."""
 
+    def checks(self) -> Sequence[Check]:
+        """What was asked for against what came up; a failed fatal one is `invalid`."""
+
     def close(self) -> None:
         """Free what the engine holds."""
 
 
 class RuntimeModule(Protocol):
-    """A file of `qgrid/runtimes/` (or an entry point of the group `qgrid.runtimes`)."""
+    """A file of `qgrid/runtimes/` (or an entry point of the group `qgrid.runtimes`).
+
+    It may also offer, without loading anything: `refusal(cell) -> str | None`, which options
+    cannot go together (`unsupported`), and `kv_bits(cell) -> float`, bits of a stored key or value.
+    """
 
     LOADS: RuntimeSupport
     Options: type

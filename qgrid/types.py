@@ -30,6 +30,7 @@ FAILURES: frozenset[Status] = frozenset({"timeout", "crashed", "bad_artifact", "
 Stage = Literal["artifact", "quality", "speed"]
 DeviceKind = Literal["cpu", "cuda"]
 Scoring = Literal["choice", "exact", "json"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 RECORD_SCHEMA = "qgrid.record/1"
 
@@ -61,8 +62,8 @@ class Runtime:
     """An inference engine. `dtype` is the compute dtype of quality, `speed_dtype` of timing."""
 
     name: str
-    dtype: Literal["float32", "bfloat16", "float16"]
-    speed_dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Dtype
+    speed_dtype: Dtype
     threads: PositiveInt | None  # None: all physical cores
     options: Mapping[str, Any]
 
@@ -119,6 +120,7 @@ class Prose:
 
     path: str
     tokens: PositiveInt | None  # at most so many; None: all
+    protocol: Literal["gptq", "llamacpp"]  # which tokens of a window count, see docs/measures.md
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,7 @@ class MethodSupport:
     default_bits: int
     produces: Mapping[int, str]  # bits -> artifact format
     packages: tuple[str, ...]  # distributions whose locked versions are part of the artifact id
-    calibrated: bool
+    calibrated: bool  # a method whose options decide has a `calibrates` beside it
     needs_gpu: bool = False
     environment: str = "main"
 
@@ -250,6 +252,8 @@ class RuntimeSupport:
     kv_cache: Mapping[DeviceKind, tuple[str, ...]]
     packages: tuple[str, ...]
     environment: str = "main"
+    baseline: str = "none"  # the method that makes the 16-bit weights that it loads
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")  # that it can compute in
 
 
 # --- what was made and measured ------------------------------------------------------------------
@@ -321,6 +325,7 @@ class Manifest:
     checks: tuple[Check, ...]
     seconds: float
     peak_memory_bytes: int | None  # of the build; None where the system keeps no such figure
+    tensor_types: Mapping[str, int] = field(default_factory=dict)  # stored dtype -> tensors
 
 
 @dataclass(frozen=True)
