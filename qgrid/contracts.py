@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from qgrid.files import HashCache
     from qgrid.types import Cell, Check, MethodSupport, RuntimeSupport
 
 

@@ -36,29 +36,33 @@ class Architecture:
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
         return embeddings + self.hidden * (2 * self.layers + 1)
 
+    @property
+    def total_weights(self) -> int:
+        """Weights of the whole model."""
+        return self.linear_weights + self.other_weights
+
     def weight_bytes(self, linear_bits_per_weight: float) -> float:
         """Bytes of all weights; source: size = (linear * bpw + rest * 16) / 8."""
         return (self.linear_weights * linear_bits_per_weight + self.other_weights * 16) / 8
 
-    def kv_bytes_per_token(self, kv_bits: int = 16) -> float:
+    def kv_bytes_per_token(self, kv_bits: float = 16) -> float:
         """Bytes of keys and values that one token takes: 2 * layers * kv_heads * head_dim."""
         return 2 * self.layers * self.kv_heads * self.head_dim * kv_bits / 8
 
 
 def predict(
+    weight_bytes: float,
     architecture: Architecture,
-    linear_bits_per_weight: float,
-    kv_bits: int,
+    kv_bits: float,
     context: int,
     concurrency: int,
 ) -> dict[str, float]:
     """Planned bytes of a cell: weights, KV cache at full context, and their sum."""
-    weights = architecture.weight_bytes(linear_bits_per_weight)
     per_token = architecture.kv_bytes_per_token(kv_bits)
     cache = per_token * context * concurrency
     return {
-        "weight_bytes": weights,
+        "weight_bytes": weight_bytes,
         "kv_bytes_per_token": per_token,
         "kv_bytes": cache,
-        "total_bytes": weights + cache,
+        "total_bytes": weight_bytes + cache,
     }

@@ -14,7 +14,7 @@ from qgrid.calibration import calibration_identity
 from qgrid.estimate import Architecture
 from qgrid.files import HashCache
 from qgrid.measure import slices as slice_files
-from qgrid.types import Calibration, Cell, Gpu, Model, Slices
+from qgrid.types import Calibration, Cell, Gpu, Method, Model, Slices
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class Facts:
     def __init__(self, hashes: HashCache) -> None:
         self._hashes = hashes
         self._memo: dict[tuple[str, int], tuple[Any, Any]] = {}
-        self._refused: dict[tuple[int, int, int], tuple[Cell, str | None]] = {}
+        self._asked: dict[tuple[str, int, int, int], tuple[Cell, str | None]] = {}
 
     def digest(self, value: object) -> str:
         """`codec.digest`, once for each object."""
@@ -41,6 +41,27 @@ class Facts:
     def model(self, model: Model) -> str:
         """What the checkpoint's content contributes to an artifact id."""
         return self._once("model", model, lambda m: codec.digest(models.identity(m, self._hashes)))
+
+    def method(self, method: Method) -> str:
+        """What a method contributes to an artifact id: its options, and the files they name."""
+        return self._once("method", method, self._method)
+
+    def _method(self, method: Method) -> str:
+        identity = getattr(registry.method(method.name), "identity", None)
+        if identity is None:
+            return codec.digest(method)
+        return codec.digest([method, identity(method.options, self._hashes)])
+
+    def resolved(self, method: Method, bits: int) -> Method:
+        """The method with the options that `bits` decides filled in, one object for each width."""
+        fill = getattr(registry.method(method.name), "resolved", None)
+        if fill is None:
+            return method
+
+        def filled(asked: Method) -> Method:
+            return replace(asked, options=fill(bits, asked.options))
+
+        return self._once(f"resolved:{bits}", method, filled)
 
     def calibration(self, calibration: Calibration) -> str:
         """What the calibration text contributes to an artifact id."""
@@ -56,8 +77,8 @@ class Facts:
 
     def _slices(self, slices: Slices) -> str:
         scored = {name: replace(each, path="") for name, each in slices.items.items()}
-        tokens = None if slices.prose is None else slices.prose.tokens
-        return codec.digest([slice_files.identity(slices, self._hashes), scored, tokens])
+        prose = None if slices.prose is None else replace(slices.prose, path="")
+        return codec.digest([slice_files.identity(slices, self._hashes), scored, prose])
 
     def architecture(self, model: Model) -> Architecture | None:
         """The model's sizes where its `config.json` is on this machine, else None."""
@@ -83,13 +104,13 @@ class Facts:
         """The device found here."""
         return device.describe()
 
-    def refused_by_method(self, cell: Cell) -> str | None:
-        """What the cell's method says against its model at this width, asked once for each."""
-        key = (id(cell.model), id(cell.method), cell.bits)
-        if key not in self._refused:
-            own = getattr(registry.method(cell.method.name), "refusal", None)
-            self._refused[key] = (cell, None if own is None else own(cell))
-        return self._refused[key][1]
+    def objection(self, hook: str, cell: Cell) -> str | None:
+        """What a hook of the cell's method says against its model at this width, asked once."""
+        key = (hook, id(cell.model), id(cell.method), cell.bits)
+        if key not in self._asked:
+            own = getattr(registry.method(cell.method.name), hook, None)
+            self._asked[key] = (cell, None if own is None else own(cell))
+        return self._asked[key][1]
 
     def _once(self, what: str, value: Any, compute: Callable[[Any], T]) -> T:
         key = (what, id(value))

@@ -61,8 +61,11 @@ def _refused_packages(cell: Cell, support: MethodSupport) -> Refusal | None:
 
 def _refused_by_method(cell: Cell, facts: Facts) -> Refusal | None:
     """What the method itself says about this model, such as a group size that does not divide."""
-    reason = facts.refused_by_method(cell)
-    return None if reason is None else Refusal("unsupported", "method", reason)
+    if reason := facts.objection("refusal", cell):
+        return Refusal("unsupported", "method", reason)
+    if reason := facts.objection("mismatch", cell):
+        return Refusal("invalid", "method", reason)
+    return None
 
 
 def _refused_by_runtime(cell: Cell, support: MethodSupport) -> Refusal | None:
@@ -76,7 +79,21 @@ def _refused_by_runtime(cell: Cell, support: MethodSupport) -> Refusal | None:
     if cell.kv_cache.name not in intents:
         reason = f"{where} has no `kv_cache={cell.kv_cache.name}` (has: {_list(intents)})"
         return Refusal("unsupported", "kv_cache", reason)
-    return None
+    return _refused_options(cell)
+
+
+def _refused_options(cell: Cell) -> Refusal | None:
+    """Compute dtypes that the runtime does not have, and options that cannot go together."""
+    runtime = registry.runtime(cell.runtime.name)
+    for key in ("dtype", "speed_dtype"):
+        asked = getattr(cell.runtime, key)
+        if asked not in runtime.LOADS.dtypes:
+            has = _list(runtime.LOADS.dtypes)
+            reason = f"runtime `{cell.runtime.name}` has no `runtime.{key}={asked}` (has: {has})"
+            return Refusal("unsupported", "dtype", reason)
+    own = getattr(runtime, "refusal", None)
+    objection = None if own is None else own(cell)
+    return None if objection is None else Refusal("unsupported", "runtime", objection)
 
 
 def _refused_by_memory(cell: Cell, predicted: dict[str, float]) -> Refusal | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qgrid import baseline, codec, estimate, legality, registry
 from qgrid import facts as lookups
-from qgrid.types import Cell, Choice, MethodSupport, PlannedCell
+from qgrid.types import Cell, Choice, Method, MethodSupport, PlannedCell
 
 if TYPE_CHECKING:
     from qgrid.facts import Facts
@@ -54,14 +54,15 @@ def build(choices: Iterable[Choice], facts: Facts) -> list[PlannedCell]:
 def _planned(choice: Choice, facts: Facts) -> tuple[PlannedCell, legality.Refusal | None]:
     support = registry.method(choice.method.name).SUPPORTS
     bits, notes = _width(choice, support)
+    method = facts.resolved(choice.method, bits)
     cell = Cell(
         model=choice.model,
-        method=choice.method,
+        method=method,
         bits=bits,
         runtime=choice.runtime,
         gpu=facts.gpu(choice.gpu),
         kv_cache=choice.kv_cache,
-        calibration=choice.calibration if support.calibrated else None,
+        calibration=choice.calibration if _calibrates(method, support) else None,
         slices=choice.slices,
         workload=choice.workload,
         context=choice.context,
@@ -80,6 +81,12 @@ def _planned(choice: Choice, facts: Facts) -> tuple[PlannedCell, legality.Refusa
         ),
         refusal,
     )
+
+
+def _calibrates(method: Method, support: MethodSupport) -> bool:
+    """Whether the method looks at calibration text with these options."""
+    decides = getattr(registry.method(method.name), "calibrates", None)
+    return support.calibrated if decides is None else bool(decides(method.options))
 
 
 def _width(choice: Choice, support: MethodSupport) -> tuple[int, tuple[str, ...]]:
@@ -103,12 +110,22 @@ def _width(choice: Choice, support: MethodSupport) -> tuple[int, tuple[str, ...]
 def _predicted(cell: Cell, facts: Facts) -> dict[str, float]:
     """Planned memory where the model's sizes are known on this machine."""
     sizes = facts.architecture(cell.model)
-    expected = getattr(registry.method(cell.method.name), "linear_bits_per_weight", None)
     if sizes is None:
         return {}
-    stored = float(cell.bits) if expected is None else expected(cell.bits, cell.method.options)
     users = max((1, *cell.workload.concurrency))
-    return estimate.predict(sizes, stored, cell.kv_cache.bits, cell.context, users)
+    kv_bits = getattr(registry.runtime(cell.runtime.name), "kv_bits", None)
+    stored = cell.kv_cache.bits if kv_bits is None else kv_bits(cell)
+    return estimate.predict(_weight_bytes(cell, sizes), sizes, stored, cell.context, users)
+
+
+def _weight_bytes(cell: Cell, sizes: estimate.Architecture) -> float:
+    """Planned bytes of all weights, by what the method says of its whole file or its linears."""
+    method, options = registry.method(cell.method.name), cell.method.options
+    whole = getattr(method, "bits_per_weight", None)
+    if whole is not None:
+        return sizes.total_weights * float(whole(cell.bits, options)) / 8
+    linear = getattr(method, "linear_bits_per_weight", None)
+    return sizes.weight_bytes(float(cell.bits) if linear is None else linear(cell.bits, options))
 
 
 def _identified(cell: Cell, facts: Facts, added: bool) -> PlannedCell:
@@ -131,7 +148,7 @@ def _artifact_id(cell: Cell, facts: Facts) -> str:
     return codec.digest(
         [
             facts.model(cell.model),
-            facts.digest(cell.method),
+            facts.method(cell.method),
             cell.bits,
             facts.calibration(cell.calibration) if cell.calibration is not None else None,
             cell.seed if calibrated else None,

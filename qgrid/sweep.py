@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import fields
@@ -23,14 +24,20 @@ PLAN_ONLY: ContextVar[bool] = ContextVar("PLAN_ONLY", default=False)  # set by `
 
 def run(
     compose: config.Compose,
-    overrides: Sequence[Override],
+    overrides: Sequence[Sequence[Override]],
     launcher: Launcher,
 ) -> None:
-    """Plan the grid; print it for `qgrid plan`, else launch it and exit with its code."""
-    grid = config.expand(compose, overrides)
-    _refuse_swept_settings(grid)
-    settings = choices.settings(grid.fixed)
-    planned = planned_cells(grid, Path(settings.out))
+    """Plan the joined grids; print them for `qgrid plan`, else launch and exit with the code."""
+    grids = [config.expand(compose, each) for each in overrides]
+    for grid in grids:
+        _refuse_swept_settings(grid)
+    settings = choices.settings(grids[0].fixed)
+    if any(choices.settings(grid.fixed) != settings for grid in grids):
+        raise config.GridError(
+            "`hydra.sweeper.grids` lists axes of cells; what is the same for all cells, such as "
+            "`out` or `name`, goes beside `hydra`"
+        )
+    planned = planned_cells(itertools.chain.from_iterable(grids), Path(settings.out))
     if PLAN_ONLY.get():
         from qgrid.report import plan_table
 

@@ -254,6 +254,7 @@ class RuntimeSupport:
     environment: str = "main"
     baseline: str = "none"  # the method that makes the 16-bit weights that it loads
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")  # that it can compute in
+    keeps_stored: bool = False  # weights stay in memory as they are stored, whatever the dtype
 
 
 # --- what was made and measured ------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 
 import qgrid
 from qgrid import environment
+from qgrid.envs import wheels
 
 
 def test_the_lock_pins_what_matters() -> None:
@@ -97,3 +98,33 @@ def test_thread_settings_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     found = environment.threads()
     assert found["OMP_NUM_THREADS"] == "3"
     assert found["usable_cores"] == len(os.sched_getaffinity(0))
+
+
+def test_a_wheel_is_another_one_for_another_processor_compiler_or_setting() -> None:
+    parts = {"requirement": "a==1", "cmake": "-DX=1", **wheels.machine()}
+    assert wheels.key(parts) == wheels.key(dict(reversed(parts.items())))
+    assert wheels.key(parts).startswith("a-1-")
+    keys = {wheels.key({**parts, name: "other"}).rpartition("-")[2] for name in parts}
+    assert len(keys) == len(parts)
+
+
+def test_a_wheel_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QGRID_WHEELS", str(tmp_path / "cache"))
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "pyproject.toml").write_text(
+        "[build-system]\nrequires = ['setuptools']\nbuild-backend = 'setuptools.build_meta'\n"
+        "[project]\nname = 'small'\nversion = '1'\n[tool.setuptools]\npy-modules = []\n"
+    )
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip reads 0 as: no isolation
+    folder = wheels.folder(str(source), "-DX=1")
+    built = next(folder.glob("small-1-*.whl"))
+    before = built.stat().st_ino
+    assert wheels.folder(str(source), "-DX=1") == folder
+    assert next(folder.glob("*.whl")).stat().st_ino == before
+    assert wheels.folder(str(source), "-DX=2") != folder
+
+
+def test_every_package_built_from_sources_is_pinned() -> None:
+    locked = environment.locked_versions("main")
+    assert wheels.SOURCES.keys() <= locked.keys()

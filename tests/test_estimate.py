@@ -37,6 +37,7 @@ def test_the_true_parameter_count_wins() -> None:
 
 
 def test_a_prediction_adds_weights_and_cache() -> None:
-    found = predict(LLAMA_3_8B, 16, kv_bits=16, context=131_072, concurrency=1)
+    weights = LLAMA_3_8B.weight_bytes(16)
+    found = predict(weights, LLAMA_3_8B, kv_bits=16, context=131_072, concurrency=1)
     assert found["kv_bytes"] == 16 * GIB
     assert found["total_bytes"] == found["weight_bytes"] + found["kv_bytes"]

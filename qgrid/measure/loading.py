@@ -50,8 +50,15 @@ def is_baseline(job: Job) -> bool:
 
 def fits_beside(baseline: Path, cell: Cell, dtype: str) -> bool:
     """Whether the baseline in `dtype` fits into what is free beside the engine that is loaded."""
-    parameters = inspection.num_parameters(baseline, inspection.read_headers(baseline))
-    return _free_bytes(cell) >= _ROOM * parameters * DTYPE_BYTES[dtype]
+    return _free_bytes(cell) >= _ROOM * _weight_bytes(baseline, cell, dtype)
+
+
+def _weight_bytes(folder: Path, cell: Cell, dtype: str) -> int:
+    """What the weights of a 16-bit artifact take once the cell's runtime has loaded them."""
+    if registry.runtime(cell.runtime.name).LOADS.keeps_stored:
+        return sum(path.stat().st_size for path in inspection.weight_files(folder))
+    parameters = inspection.num_parameters(folder, inspection.read_headers(folder))
+    return parameters * DTYPE_BYTES[dtype]
 
 
 def _free_bytes(cell: Cell) -> int:

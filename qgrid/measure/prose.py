@@ -37,8 +37,23 @@ class TooShort(ValueError):
 
 
 @dataclass(frozen=True)
+class Windows:
+    """Equally long pieces of prose; the last `scored` tokens of each count."""
+
+    ids: tuple[tuple[int, ...], ...]
+    scored: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def part(self, first: int, stop: int | None = None) -> Windows:
+        """Some of the windows."""
+        return Windows(self.ids[first:stop], self.scored)
+
+
+@dataclass(frozen=True)
 class Tokens:
-    """Numbers of every scored token, each `(windows, context - 1)`.
+    """Numbers of every scored token, each `(windows, scored)`.
 
     All but `nll` need a baseline. `same_top` is 0 or 1.
     """
@@ -50,36 +65,45 @@ class Tokens:
     delta_p: Array
 
     @classmethod
-    def empty(cls, num_windows: int, scored: int) -> Tokens:
+    def empty(cls, windows: Windows) -> Tokens:
         """Room for the numbers; NaN marks what no chunk has filled."""
-        return cls(*(np.full((num_windows, scored), np.nan) for _ in range(5)))
+        return cls(*(np.full((len(windows), windows.scored), np.nan) for _ in range(5)))
 
 
-def cut(ids: Sequence[int], context: int) -> list[tuple[int, ...]]:
-    """Disjoint windows of `context` tokens, the tail dropped (the `gptq-N` protocol).
+def cut(
+    ids: Sequence[int], context: int, protocol: str = "gptq", bos: int | None = None
+) -> Windows:
+    """Disjoint windows of `context` tokens, the tail dropped.
+
+    `gptq` scores all but the first token. `llamacpp` scores the second half, each token with at
+    least half a window before it, and puts `bos`, where the tokenizer has one, in the place of
+    each window's first token; source: llama.cpp's perplexity tool.
 
     Raises:
-        TooShort: fewer tokens than one window has.
+        TooShort: fewer tokens than one window has, or nothing left to score.
     """
-    windows = [
+    windows = tuple(
         tuple(ids[begin : begin + context]) for begin in range(0, len(ids) - context + 1, context)
-    ]
-    if not windows or context < 2:
+    )
+    scored = context - 1 if protocol == "gptq" else context - 1 - context // 2
+    if not windows or scored < 1:
         raise TooShort(
-            f"`context={context}` needs that many tokens of prose, and at least 2; the prose has "
-            f"{len(ids)}; lower `context` or give more prose"
+            f"`context={context}` needs that many tokens of prose, and at least 2 (3 for "
+            f"`llamacpp`); the prose has {len(ids)}; lower `context` or give more prose"
         )
-    return windows
+    if protocol == "llamacpp" and bos is not None:
+        windows = tuple((bos, *window[1:]) for window in windows)
+    return Windows(windows, scored)
 
 
-def rows(engine: Engine, windows: Sequence[Sequence[int]]) -> Iterator[Scores]:
-    """Distributions of all but the first token of every window."""
-    return engine.score(windows, [len(window) - 1 for window in windows])
+def rows(engine: Engine, windows: Windows) -> Iterator[Scores]:
+    """Distributions of the scored tokens of every window."""
+    return engine.score(windows.ids, [windows.scored] * len(windows))
 
 
 def collect(
     tokens: Tokens,
-    windows: Sequence[Sequence[int]],
+    windows: Windows,
     cell: Iterator[Scores],
     baseline: Iterator[Scores] | None,
     first: int = 0,
@@ -91,8 +115,10 @@ def collect(
     """
     for scores in cell:
         window = first + scores.sequence
-        targets = windows[window][scores.start : scores.start + len(scores.logprobs)]
-        place = np.s_[window, scores.start - 1 : scores.start - 1 + len(targets)]
+        ids = windows.ids[window]
+        targets = ids[scores.start : scores.start + len(scores.logprobs)]
+        begin = scores.start - (len(ids) - windows.scored)
+        place = np.s_[window, begin : begin + len(targets)]
         base = next(baseline, None) if baseline is not None else None
         if baseline is not None:
             _require_same(scores, base)

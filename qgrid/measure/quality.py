@@ -13,14 +13,12 @@ from qgrid import baseline, files, models
 from qgrid.measure import answers, prose, row_cache, slices
 from qgrid.measure.encoding import Encoder
 from qgrid.measure.loading import Phases, fits_beside, is_baseline, load
-from qgrid.measure.prose import Tokens
+from qgrid.measure.prose import Tokens, Windows
 from qgrid.types import Measurement, StageResult
 
 if TYPE_CHECKING:
     from qgrid.contracts import Engine
     from qgrid.types import Job
-
-Windows = list[tuple[int, ...]]
 
 
 def measure(job: Job) -> StageResult:
@@ -34,6 +32,7 @@ def measure(job: Job) -> StageResult:
     with phases("load"):
         encoder = Encoder(Path(job.artifact), cell.model.trust_remote_code)
         engine = load(job.artifact, cell, cell.runtime.dtype)
+    checks = tuple(engine.checks())
     with phases("slices"):
         results = _answered(job, engine, encoder)
     measurements = [
@@ -48,6 +47,7 @@ def measure(job: Job) -> StageResult:
     return StageResult(
         "quality",
         measurements=(*found, *measurements),
+        checks=checks,
         observed=observed | more,
         seconds=phases.seconds,
     )
@@ -82,8 +82,10 @@ def _prose(job: Job, engine: Engine, encoder: Encoder) -> tuple[list[Measurement
         return [], {}
     encoder.require_positions(cell.context, f"`context={cell.context}`")
     text = models.resource(wanted.path).read_text(encoding="utf-8")
-    windows = prose.cut(encoder.prose(text, wanted.tokens), cell.context)
-    observed: dict[str, Any] = {"ppl_protocol": f"gptq-{cell.context}", "windows": len(windows)}
+    ids = encoder.prose(text, wanted.tokens)
+    windows = prose.cut(ids, cell.context, wanted.protocol, encoder.bos)
+    protocol = f"{wanted.protocol}-{cell.context}"
+    observed: dict[str, Any] = {"ppl_protocol": protocol, "windows": len(windows)}
     if is_baseline(job):
         return _floor(job, engine, windows), observed
     tokens, pairing = paired_tokens(job, engine, windows)
@@ -97,7 +99,7 @@ def _floor(job: Job, engine: Engine, windows: Windows) -> list[Measurement]:
     Closes `engine`.
     """
     cell = job.planned.cell
-    tokens = Tokens.empty(len(windows), cell.context - 1)
+    tokens = Tokens.empty(windows)
     if fits_beside(Path(job.artifact), cell, cell.runtime.speed_dtype):
         other = load(job.artifact, cell, cell.runtime.speed_dtype)
         prose.collect(tokens, windows, prose.rows(other, windows), prose.rows(engine, windows))
@@ -105,7 +107,7 @@ def _floor(job: Job, engine: Engine, windows: Windows) -> list[Measurement]:
         engine.close()
         exact = dataclasses.replace(tokens, nll=tokens.base_nll)
     else:
-        exact = Tokens.empty(len(windows), cell.context - 1)
+        exact = Tokens.empty(windows)
         prose.collect(exact, windows, prose.rows(engine, windows), None)
         engine.close()
         loads = (
@@ -127,7 +129,7 @@ def paired_tokens(
     cell = job.planned.cell
     assert job.baseline is not None
     folder = Path(job.baseline)
-    tokens = Tokens.empty(len(windows), cell.context - 1)
+    tokens = Tokens.empty(windows)
 
     def load_baseline() -> Engine:
         return load(folder, baseline.of(cell), cell.runtime.dtype)

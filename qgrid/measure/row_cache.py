@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from qgrid.contracts import Scores
-from qgrid.measure.prose import Tokens, collect, divergence, rows
+from qgrid.measure.prose import Tokens, Windows, collect, divergence, rows
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ def _restored(half: torch.Tensor) -> torch.Tensor:
 
 def collect_by_turns(
     tokens: Tokens,
-    windows: Sequence[Sequence[int]],
+    windows: Windows,
     load_cell: Callable[[], Engine],
     load_baseline: Callable[[], Engine],
 ) -> float:
@@ -69,9 +69,9 @@ def collect_by_turns(
     while first < len(windows):
         with tempfile.TemporaryFile() as file:
             cache = RowCache(file)
-            count = _write(cache, windows[first:], load_baseline())
+            count = _write(cache, windows.part(first), load_baseline())
             engine = load_cell()
-            part = windows[first : first + count]
+            part = windows.part(first, first + count)
             collect(tokens, windows, rows(engine, part), cache.read(), first)
             engine.close()
         floor += cache.floor
@@ -79,13 +79,13 @@ def collect_by_turns(
     return float(np.mean(floor))
 
 
-def _write(cache: RowCache, windows: Sequence[Sequence[int]], baseline: Engine) -> int:
+def _write(cache: RowCache, windows: Windows, baseline: Engine) -> int:
     """Fill the cache with whole windows until it is full; how many."""
     written = 0
     done = 0
     for scores in rows(baseline, windows):
         written += cache.add(scores)
-        if scores.start + len(scores.logprobs) == len(windows[scores.sequence]):
+        if scores.start + len(scores.logprobs) == len(windows.ids[scores.sequence]):
             done = scores.sequence + 1
             if written >= CACHE_BYTES:
                 break

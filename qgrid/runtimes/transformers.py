@@ -18,7 +18,7 @@ from qgrid.types import RuntimeSupport
 if TYPE_CHECKING:
     import torch
 
-    from qgrid.types import Cell
+    from qgrid.types import Cell, Check
 
 _FORMATS = (
     "safetensors-16bit",
@@ -116,6 +116,10 @@ class Transformers:
             "attn_implementation": self._model.config._attn_implementation,
             "threads": torch.get_num_threads(),
         }
+
+    def checks(self) -> Sequence[Check]:
+        """See `Engine.checks`: `load` has raised already for what differs."""
+        return ()
 
     def close(self) -> None:
         """Free the model's memory."""

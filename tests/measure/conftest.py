@@ -67,7 +67,7 @@ def slices(tmp_path_factory: pytest.TempPathFactory) -> Slices:
     }
     prose = folder / "prose.txt"
     prose.write_text(sentence(random.Random("prose"), 900))
-    return Slices("test", Prose(str(prose), 1000), items)
+    return Slices("test", Prose(str(prose), 1000, "gptq"), items)
 
 
 @pytest.fixture(scope="session")

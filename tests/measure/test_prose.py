@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from qgrid.runtimes import transformers as runtime
 from qgrid.types import Cell, Job, Slices
 
 MakeJob = Callable[..., Job]
+WINDOW = prose.Windows(((1, 2, 3, 4),), 3)
 
 
 def plain_perplexity(folder: Path, text: str, limit: int, context: int) -> float:
@@ -34,6 +36,49 @@ def plain_perplexity(folder: Path, text: str, limit: int, context: int) -> float
         loss = torch.nn.CrossEntropyLoss()(logits.flatten(0, 1), window[:, 1:].flatten())
         means.append(loss.double())
     return math.exp(torch.stack(means).mean())
+
+
+def plain_second_half(folder: Path, text: str, limit: int, context: int) -> tuple[float, int]:
+    """The llamacpp-N protocol as a loop: exp of the mean over the second halves; how many."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = tokenizer(text, return_tensors="pt").input_ids[0, :limit]
+    losses = []
+    for i in range(len(ids) // context):
+        window = ids[i * context : (i + 1) * context]
+        with torch.no_grad():
+            logprobs = model(window[None]).logits[0].double().log_softmax(-1)
+        for place in range(context // 2, context - 1):
+            losses.append(-float(logprobs[place, window[place + 1]]))
+    return math.exp(sum(losses) / len(losses)), len(losses)
+
+
+@pytest.mark.parametrize("context", [128, 333])
+def test_the_second_half_of_a_window_as_llama_cpp_scores_it(
+    tiny_random: Path,
+    make_cell: Callable[..., Cell],
+    make_job: MakeJob,
+    slices: Slices,
+    context: int,
+) -> None:
+    assert slices.prose is not None
+    halves = replace(slices.prose, protocol="llamacpp")
+    cell = make_cell(slices=Slices("prose", halves, {}), context=context)
+    result = quality.measure(make_job("quality", cell, tiny_random))
+    ppl = next(m for m in result.measurements if m.metric == "ppl")
+    text = Path(slices.prose.path).read_text()
+    expected, count = plain_second_half(tiny_random, text, 1000, context)
+    assert ppl.value == pytest.approx(expected, rel=1e-4)
+    assert ppl.n == count > 0
+    assert count % (context - 1 - context // 2) == 0
+    assert result.observed["ppl_protocol"] == f"llamacpp-{context}"
+
+
+def test_llama_cpp_puts_bos_in_the_place_of_each_windows_first_token() -> None:
+    windows = prose.cut(range(10, 20), 5, "llamacpp", bos=1)
+    assert windows.ids == ((1, 11, 12, 13, 14), (1, 16, 17, 18, 19))
+    assert windows.scored == 2
+    assert prose.cut(range(10, 20), 5, bos=1).ids[1][0] == 15
 
 
 @pytest.mark.parametrize("context", [128, 700])
@@ -60,7 +105,7 @@ def test_perplexity_equals_a_plain_loop(
 
 
 @pytest.fixture(scope="module")
-def windows(encoder: Encoder, slices: Slices) -> list[tuple[int, ...]]:
+def windows(encoder: Encoder, slices: Slices) -> prose.Windows:
     assert slices.prose is not None
     return prose.cut(encoder.prose(Path(slices.prose.path).read_text(), 1000), 128)
 
@@ -70,7 +115,7 @@ def test_a_model_against_itself_diverges_by_nothing(
     engine: runtime.Transformers,
     make_cell: Callable[..., Cell],
     make_job: MakeJob,
-    windows: list[tuple[int, ...]],
+    windows: prose.Windows,
 ) -> None:
     """Two loads and two forward passes of the same files."""
     cell = make_cell()
@@ -91,9 +136,9 @@ def test_divergence_equals_an_independent_computation(
     noisy: Path,
     engine: runtime.Transformers,
     make_cell: Callable[..., Cell],
-    windows: list[tuple[int, ...]],
+    windows: prose.Windows,
 ) -> None:
-    tokens = Tokens.empty(len(windows), 127)
+    tokens = Tokens.empty(windows)
     cell = runtime.load(noisy, make_cell(), "float32")
     prose.collect(tokens, windows, prose.rows(cell, windows), prose.rows(engine, windows))
     found = {m.metric: m for m in prose.against_baseline(tokens)}
@@ -101,7 +146,7 @@ def test_divergence_equals_an_independent_computation(
     models = [
         AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (tiny_random, noisy)
     ]
-    ids = torch.tensor(windows)
+    ids = torch.tensor(windows.ids)
     with torch.no_grad():
         base, other = (m(ids).logits[:, :-1].double().log_softmax(-1) for m in models)
     true = ids[:, 1:, None]
@@ -129,7 +174,7 @@ def test_rows_kept_on_disk_give_the_same_within_their_floor(
     noisy: Path,
     make_cell: Callable[..., Cell],
     make_job: MakeJob,
-    windows: list[tuple[int, ...]],
+    windows: prose.Windows,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Forced, and with room for two windows at a time, so that models take turns."""
@@ -161,35 +206,35 @@ def test_too_little_prose_says_what_to_do() -> None:
 
 
 def test_the_tail_is_dropped() -> None:
-    assert [len(window) for window in prose.cut(range(300), 128)] == [128, 128]
+    assert [len(window) for window in prose.cut(range(300), 128).ids] == [128, 128]
 
 
 def test_nan_is_invalid_and_never_a_score() -> None:
-    tokens = Tokens.empty(1, 3)
+    tokens = Tokens.empty(WINDOW)
     rows = Scores(0, 1, torch.full((3, 8), float("nan")))
     with pytest.raises(InvalidEngine, match="NaN"):
-        prose.collect(tokens, [(1, 2, 3, 4)], iter([rows]), None)
+        prose.collect(tokens, WINDOW, iter([rows]), None)
 
 
 def test_a_baseline_that_computes_nan_is_invalid() -> None:
-    tokens = Tokens.empty(1, 3)
+    tokens = Tokens.empty(WINDOW)
     cell, base = (Scores(0, 1, torch.full((3, 8), value)) for value in (-2.0, float("nan")))
     with pytest.raises(InvalidEngine, match="divergence from the baseline is NaN"):
-        prose.collect(tokens, [(1, 2, 3, 4)], iter([cell]), iter([base]))
+        prose.collect(tokens, WINDOW, iter([cell]), iter([base]))
 
 
 def test_a_missing_chunk_is_invalid() -> None:
-    tokens = Tokens.empty(1, 3)
+    tokens = Tokens.empty(WINDOW)
     rows = Scores(0, 1, torch.zeros((2, 8)))
     with pytest.raises(InvalidEngine, match="NaN"):
-        prose.collect(tokens, [(1, 2, 3, 4)], iter([rows]), None)
+        prose.collect(tokens, WINDOW, iter([rows]), None)
 
 
 def test_engines_out_of_step_are_invalid() -> None:
-    tokens = Tokens.empty(1, 3)
+    tokens = Tokens.empty(WINDOW)
     cell, base = Scores(0, 1, torch.zeros((3, 8))), Scores(0, 1, torch.zeros((3, 9)))
     with pytest.raises(InvalidEngine, match="different tokens or vocabulary"):
-        prose.collect(tokens, [(1, 2, 3, 4)], iter([cell]), iter([base]))
+        prose.collect(tokens, WINDOW, iter([cell]), iter([base]))
 
 
 def test_bos_is_explicit(tiny_random: Path, tmp_path: Path) -> None:

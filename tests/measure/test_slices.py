@@ -152,7 +152,7 @@ def test_identity_follows_the_content_not_the_place(tmp_path: Path) -> None:
         root = tmp_path / folder
         one = Slice(str(root / "s.jsonl"), "exact", True, None, 4)
         return slice_files.identity(
-            Slices("x", Prose(str(root / "p.txt"), None), {"s": one}), cache
+            Slices("x", Prose(str(root / "p.txt"), None, "gptq"), {"s": one}), cache
         )
 
     assert set(identity("a")) == {"items.s", "prose"}

@@ -16,10 +16,15 @@ from qgrid import sweep
 
 
 class GridSweeper(Sweeper):
-    """Hydra's entry into `qgrid.sweep`. `params` are the axes of a committed grid."""
+    """Hydra's entry into `qgrid.sweep`.
 
-    def __init__(self, params: dict[str, Any] | None) -> None:
+    `params` are the axes of a committed grid. Where one product does not say it, `grids` lists
+    further axes: a product of `params` with each of them, joined.
+    """
+
+    def __init__(self, params: dict[str, Any] | None, grids: list[dict[str, Any]] | None) -> None:
         self.params = params
+        self.grids = grids
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
         self.hydra_context: HydraContext | None = None
@@ -45,5 +50,9 @@ class GridSweeper(Sweeper):
         assert self.hydra_context is not None
         assert self.launcher is not None
         loader = self.hydra_context.config_loader
-        overrides = grid_config.parse([*arguments, *sweep.OVERRIDES.get()], self.params, loader)
-        return sweep.run(grid_config.composer(loader, self.config), overrides, self.launcher)
+        asked = [*arguments, *sweep.OVERRIDES.get()]
+        grids = [
+            grid_config.parse(asked, {**(self.params or {}), **axes}, loader)
+            for axes in (self.grids or [{}])
+        ]
+        return sweep.run(grid_config.composer(loader, self.config), grids, self.launcher)
