@@ -76,6 +76,7 @@ def verify(
     return (
         files,
         verification.check_manifest(manifest, contents, planned.artifact_id, cell),
+        *verification.own_checks(folder, cell),
         verification.check_bits(contents, cell),
         verification.check_coverage(contents, cell),
         _check_tokenizer(folder, base, manifest, cache),
@@ -124,6 +125,7 @@ def _result(manifest: Manifest, seconds: Mapping[str, float], reused: bool) -> S
         "format": manifest.format,
         "module_methods": verification.histogram(manifest.modules),
         "stored_dtypes": dict(manifest.dtypes),
+        "tensor_types": dict(manifest.tensor_types),
         "versions": dict(manifest.versions),
         "build_seconds": manifest.seconds,
         "build_peak_memory_bytes": manifest.peak_memory_bytes,

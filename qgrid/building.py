@@ -87,6 +87,8 @@ def _described(work: Work, built: Built) -> Manifest:
     tokenizer = fingerprint(work.folder)
     checks = [
         whole,
+        *built.checks,
+        *verification.own_checks(work.folder, work.cell),
         verification.check_bits(contents, work.cell),
         verification.check_coverage(contents, work.cell),
         verification.check_method(contents, work.cell),
@@ -94,7 +96,7 @@ def _described(work: Work, built: Built) -> Manifest:
         verification.check_finite(work.folder),
     ]
     if all(check.ok for check in checks if check.fatal):  # a bad folder may not even load
-        checks.append(_check_reload(work, built))
+        checks += _check_reload(work, built)
     checks.append(verification.check_environment(registry.method(work.cell.method.name).SUPPORTS))
     verification.require(checks, what)
     return _manifest(work, contents, tokenizer, checks)
@@ -113,12 +115,17 @@ def _contents(work: Work, built: Built) -> inspection.Contents:
     return replace(contents, modules=modules)
 
 
-def _check_reload(work: Work, built: Built) -> Check:
-    """A fresh load of the folder computes what the model in memory computed."""
+def _check_reload(work: Work, built: Built) -> list[Check]:
+    """A fresh load of the folder computes what the model in memory computed.
+
+    No such check of a GGUF file: no library here holds it in memory while it is made.
+    """
+    if inspection.is_gguf(work.folder):
+        return []
     if built.reference is None:
         linked = all(path.is_symlink() for path in inspection.weight_files(work.folder))
         told = "the base model's own files" if linked else "the method gave no reference"
-        return Check("reload", linked, "the logits of the model in memory", told, fatal=False)
+        return [Check("reload", linked, "the logits of the model in memory", told, fatal=False)]
     from qgrid.methods import _checkpoint
 
     again = _checkpoint.logits(_checkpoint.reload(work.folder, work.cell), built.probe)
@@ -127,7 +134,7 @@ def _check_reload(work: Work, built: Built) -> Check:
     allowed = _RELOAD_TOLERANCE[work.cell.gpu.kind] * largest
     ok = apart <= allowed  # false for NaN too
     goal = f"logits at most {allowed:.2g} from the model in memory (largest {largest:.4g})"
-    return Check("reload", ok, goal, f"{apart:.3g} apart")
+    return [Check("reload", ok, goal, f"{apart:.3g} apart")]
 
 
 def _manifest(
@@ -155,4 +162,5 @@ def _manifest(
         checks=tuple(checks),
         seconds=0.0,
         peak_memory_bytes=None,
+        tensor_types=contents.tensor_types,
     )

@@ -132,7 +132,7 @@ def _refuse_missing(node: Mapping[str, Any], key: str) -> None:
 def _refuse_secrets(node: Mapping[str, Any], key: str | None = None) -> None:
     """A configuration is written to plan and records, so that a secret must not be in it."""
     for name, value in node.items():
-        if redact.plain({name: value}) != {name: value}:
+        if redact.plain({name: value}) != codec.plain({name: value}):  # keys as text in both
             raise codec.InvalidValue(
                 f"`{name if key is None else f'{key}.{name}'}` holds a secret, and is written to "
                 "plan and records; give it by an environment variable, such as HF_TOKEN, instead"

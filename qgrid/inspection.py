@@ -1,29 +1,48 @@
-"""What a checkpoint folder really stores, read from the safetensors headers; no torch needed."""
+"""What a checkpoint folder really stores, from the headers of its files; no torch needed."""
 
 from __future__ import annotations
 
 import json
 import re
 import struct
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from qgrid import models
+from qgrid.gguf import layers
+from qgrid.headers import TornFile, is_gguf, read_header, read_headers, weight_files
 from qgrid.types import ModuleState, Tensor
+
+__all__ = [
+    "FLOATS",
+    "FLOATS_16",
+    "Contents",
+    "TornFile",
+    "decoder_linears",
+    "inspect",
+    "is_decoder_linear",
+    "is_gguf",
+    "module_format",
+    "num_parameters",
+    "quantization_config",
+    "read_header",
+    "read_headers",
+    "stored_format",
+    "stored_linears",
+    "weight_files",
+]
 
 FLOATS_16 = frozenset({"BF16", "F16"})
 FLOATS = FLOATS_16 | {"F32", "F64", "F8_E4M3", "F8_E5M2"}
 _DECODER_LINEAR = re.compile(r"\.(?:layers|h|blocks|block)\.\d+\.(?!.*norm).*(?<!router)$")
 _ROUTER = re.compile(r"(?:mlp|block_sparse_moe)\.(?:gate|router|shared_expert_gate)$")
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-
-
-class TornFile(ValueError):
-    """A weights file that is shorter or longer than its header says, or has no header."""
+_ROPE_TABLE = re.compile(
+    r"(?:\.inv_freq|^rope_(?:freqs|factors_\w+)\.weight)$"
+)  # computed, not learned
 
 
 @dataclass(frozen=True)
@@ -38,22 +57,30 @@ class Contents:
     num_parameters: int
     bits_per_weight: float
     linear_bits_per_weight: float
+    tensor_types: Mapping[str, int] = field(default_factory=dict)  # stored dtype -> tensors
 
 
 def inspect(folder: Path, base: Path | None = None, method: str = "quantized") -> Contents:
     """Account for every stored tensor of `folder`.
 
     `base` is the 16-bit checkpoint that tells which layers are linear and how large; without it
-    the shapes that the folder itself keeps are used. `method` labels the quantized modules.
+    the shapes that the folder itself keeps are used. `method` labels the quantized modules. The
+    modules of a GGUF file have the checkpoint's names; their format is the tensor's type.
 
     Raises:
         TornFile: a file's length contradicts its header.
     """
     tensors = read_headers(folder)
     original = read_headers(base) if base else {}
-    linears = decoder_linears(original) or stored_linears(folder, tensors)
-    modules = _modules(tensors, linears, method)
-    count = num_parameters(folder, original) or num_parameters(folder, tensors, linears)
+    if is_gguf(folder):
+        names = layers.places(folder, tensors)
+        linears = decoder_linears(original) or layers.shapes(names, tensors)
+        modules = layers.states(names, tensors, linears, method)
+        count = num_parameters(folder, original) or num_parameters(folder, tensors)
+    else:
+        linears = decoder_linears(original) or stored_linears(folder, tensors)
+        modules = _modules(tensors, linears, method)
+        count = num_parameters(folder, original) or num_parameters(folder, tensors, linears)
     dtypes: dict[str, int] = defaultdict(int)
     for tensor in tensors.values():
         dtypes[tensor.dtype] += tensor.nbytes
@@ -68,55 +95,8 @@ def inspect(folder: Path, base: Path | None = None, method: str = "quantized") -
         num_parameters=count,
         bits_per_weight=8 * sum(dtypes.values()) / count if count else 0.0,
         linear_bits_per_weight=bits / weights if weights else 0.0,
+        tensor_types=dict(Counter(tensor.dtype for tensor in tensors.values())),
     )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder."""
-    return sorted(folder.glob("*.safetensors"))
-
-
-def read_headers(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder by name.
-
-    Raises:
-        TornFile: a file's length contradicts its header.
-    """
-    found: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        found |= {name: tensor for name, (tensor, _) in read_header(path).items()}
-    return found
-
-
-def read_header(path: Path) -> dict[str, tuple[Tensor, int]]:
-    """Tensors of one file by name, each with the position of its first byte.
-
-    Raises:
-        TornFile: the file's length contradicts its header.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
-            raise TornFile(f"{path.name} has {size} bytes and no safetensors header")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise TornFile(f"{path.name} has an unreadable safetensors header") from None
-    header.pop("__metadata__", None)
-    first = 8 + length
-    end = first + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if end != size:
-        raise TornFile(f"{path.name} has {size} bytes, its header says {end}")
-    return {
-        name: (_tensor(entry), first + entry["data_offsets"][0]) for name, entry in header.items()
-    }
-
-
-def _tensor(entry: Mapping[str, Any]) -> Tensor:
-    begin, end = entry["data_offsets"]
-    return Tensor(entry["dtype"], tuple(entry["shape"]), end - begin)
 
 
 def decoder_linears(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
@@ -170,12 +150,12 @@ def num_parameters(
     `linears` gives the sizes of layers whose stored tensors do not show them.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    skip = {"lm_head.weight"} if models.tied(config) else set()
+    skip = {"lm_head.weight", "output.weight"} if models.tied(config) else set()
     known = linears or {}
     total = sum(rows * columns for rows, columns in known.values())
     for name, tensor in tensors.items():
         owner = _owner(name, known)
-        counted = name not in skip and not name.endswith(".inv_freq")  # a buffer of old files
+        counted = name not in skip and not _ROPE_TABLE.search(name)
         if counted and (owner is None or name == f"{owner}.bias"):
             total += prod(tensor.shape)
     return total
@@ -189,6 +169,8 @@ def quantization_config(folder: Path) -> dict[str, Any]:
 
 def stored_format(folder: Path, tensors: Mapping[str, Tensor]) -> str:
     """The format by what the tensors are; `config.json` only names it where they agree."""
+    if is_gguf(folder):
+        return "gguf"
     names = tensors.keys()
     if any(name.endswith(".weight_packed") for name in names):
         return str(quantization_config(folder).get("format", "pack-quantized"))

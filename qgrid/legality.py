@@ -73,13 +73,23 @@ def _refused_by_runtime(cell: Cell, support: MethodSupport) -> Refusal | None:
     where = f"runtime `{cell.runtime.name}` on {cell.gpu.kind}"
     made, readable = support.produces[cell.bits], loads.loads.get(cell.gpu.kind, ())
     if made not in readable:
-        reason = f"{where} does not load `{made}` (loads: {_list(readable)})"
+        reason = f"{where} does not load `{made}` (loads: {_list(readable)}){_readers(made, cell)}"
         return Refusal("unsupported", "format", reason)
     intents = loads.kv_cache.get(cell.gpu.kind, ())
     if cell.kv_cache.name not in intents:
         reason = f"{where} has no `kv_cache={cell.kv_cache.name}` (has: {_list(intents)})"
         return Refusal("unsupported", "kv_cache", reason)
     return _refused_options(cell)
+
+
+def _readers(format_: str, cell: Cell) -> str:
+    """Which runtimes load a format on the cell's device."""
+    found = [
+        name
+        for name, runtime in registry.working("runtimes").items()
+        if format_ in runtime.LOADS.loads.get(cell.gpu.kind, ())
+    ]
+    return "".join(f"; use `runtime={name}`" for name in found[:1])
 
 
 def _refused_options(cell: Cell) -> Refusal | None:
@@ -127,8 +137,8 @@ def _refused_by_length(cell: Cell, sizes: Architecture | None) -> Refusal | None
 def _no_such_width(method: str, bits: int, support: MethodSupport) -> str:
     others = [
         name
-        for name in sorted(registry.names("methods"))
-        if name != method and bits in registry.method(name).SUPPORTS.bits
+        for name, other in registry.working("methods").items()
+        if name != method and bits in other.SUPPORTS.bits
     ]
     advice = f"; use `method={others[0]}`" if others else ""
     if len(others) > 1:

@@ -113,9 +113,16 @@ def _predicted(cell: Cell, facts: Facts) -> dict[str, float]:
     if sizes is None:
         return {}
     users = max((1, *cell.workload.concurrency))
-    kv_bits = getattr(registry.runtime(cell.runtime.name), "kv_bits", None)
-    stored = cell.kv_cache.bits if kv_bits is None else kv_bits(cell)
-    return estimate.predict(_weight_bytes(cell, sizes), sizes, stored, cell.context, users)
+    weights = _weight_bytes(cell, sizes)
+    return estimate.predict(weights, sizes, _kv_bits(cell), cell.context, users)
+
+
+def _kv_bits(cell: Cell) -> float:
+    """Bits of a stored key or value: as the runtime says, where it has this cache at all."""
+    runtime = registry.runtime(cell.runtime.name)
+    own = getattr(runtime, "kv_bits", None)
+    has = cell.kv_cache.name in runtime.LOADS.kv_cache.get(cell.gpu.kind, ())
+    return float(own(cell)) if own is not None and has else cell.kv_cache.bits
 
 
 def _weight_bytes(cell: Cell, sizes: estimate.Architecture) -> float:

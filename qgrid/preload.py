@@ -36,6 +36,8 @@ MODULES: dict[str, tuple[str, ...]] = {
         "transformers.quantizers.quantizer_compressed_tensors",
         "multiprocessing.synchronize",
     ),
+    "llama-cpp-python": ("llama_cpp",),
+    "gguf": ("gguf", "gguf.tensor_mapping"),
     "accelerate": ("accelerate",),
     "bitsandbytes": (
         "bitsandbytes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import pkgutil
@@ -54,6 +55,15 @@ def runtime(name: str) -> RuntimeModule:
         BrokenModule: its module cannot be imported.
     """
     return cast("RuntimeModule", _load("runtimes", name))
+
+
+def working(kind: Kind) -> dict[str, Any]:
+    """Every module that can be imported, by name: what advice may point at."""
+    found = {}
+    for name in sorted(names(kind)):
+        with contextlib.suppress(BrokenModule):
+            found[name] = _load(kind, name)
+    return found
 
 
 def _load(kind: Kind, name: str) -> Any:

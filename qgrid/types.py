@@ -120,7 +120,7 @@ class Prose:
 
     path: str
     tokens: PositiveInt | None  # at most so many; None: all
-    protocol: Literal["gptq", "llamacpp"]  # which tokens of a window count, see docs/measures.md
+    protocol: Literal["gptq", "llamacpp"] = "gptq"  # which tokens of a window count
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing import Any
 from qgrid import environment, inspection, models, registry
 from qgrid.files import HashCache
 from qgrid.fingerprint import difference
+from qgrid.finite import nonfinite
 from qgrid.inspection import Contents
 from qgrid.types import Cell, Check, Manifest, MethodSupport, ModuleState
 
 _BITS_TOLERANCE = 0.01  # relative; layer by layer the format leaves no room, see `stored_bits`
 _UNKNOWN_OVERHEAD = 1.0  # bits of scales that a method without `stored_bits` may add
 _SHOWN = 3
-_CHUNK_BYTES = 1 << 26
 
 
 class BadArtifact(RuntimeError):
@@ -66,13 +66,13 @@ def check_whole(folder: Path) -> Check:
     """Weights and config are there and every weights file is as long as its header says."""
     wrong = [] if (folder / "config.json").is_file() else ["config.json is missing"]
     paths = inspection.weight_files(folder)
-    wrong += [] if paths else ["there is no safetensors file"]
+    wrong += [] if paths else ["there is no safetensors or GGUF file"]
     for path in paths:
         try:
             inspection.read_header(path)
         except inspection.TornFile as error:
             wrong.append(str(error))
-    return _check("files", wrong, "whole safetensors files and a config")
+    return _check("files", wrong, "whole weights files and a config")
 
 
 def check_manifest(manifest: Manifest, contents: Contents, artifact_id: str, cell: Cell) -> Check:
@@ -127,19 +127,26 @@ def _expected_bits(
     if exact is None:
         return dict.fromkeys(shapes, (float(cell.bits), cell.bits + _UNKNOWN_OVERHEAD))
     values = {n: exact(cell.bits, cell.method.options, *shape) for n, shape in shapes.items()}
-    return {name: (value, value) for name, value in values.items()}
+    return {n: v if isinstance(v, tuple) else (v, v) for n, v in values.items()}
 
 
 def _mean(contents: Contents, expected: Mapping[str, tuple[float, float]]) -> str:
     weights = sum(state.num_weights for state in contents.modules.values())
     if not weights or contents.format == "safetensors-16bit":
         return ""
-    total = sum(expected[n][1] * s.num_weights for n, s in contents.modules.items())
-    return f" ({total / weights:.4g} with scales)"
+    low, high = (
+        sum(expected[n][end] * s.num_weights for n, s in contents.modules.items()) / weights
+        for end in (0, 1)
+    )
+    span = f"{high:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+    return f" ({span} with scales)"
 
 
 def check_coverage(contents: Contents, cell: Cell) -> Check:
-    """Every linear layer of the decoder except the head is quantized (or none, at 16 bits)."""
+    """Every linear layer of the decoder except the head is quantized (or none, at 16 bits).
+
+    Only noted, not fatal, where the cell accepts that some layers are stored otherwise.
+    """
     wants_plain = cell.bits == 16
     wrong = [
         f"{name} ({state.format})"
@@ -152,7 +159,10 @@ def check_coverage(contents: Contents, cell: Cell) -> Check:
     if not total:
         wrong.append("no linear layer was found")
     check = _check("coverage", wrong, goal, f"{total} of {total} layers")
-    return check if check.ok else replace(check, actual=f"{share:.1%}, not {check.actual}")
+    if check.ok:
+        return check
+    accepted = bool(cell.method.options.get("accept_fallback")) and share > 0
+    return replace(check, actual=f"{share:.1%}, not {check.actual}", fatal=not accepted)
 
 
 def check_method(contents: Contents, cell: Cell) -> Check:
@@ -179,39 +189,15 @@ def check_finite(folder: Path) -> Check:
     wrong = [
         f"{count} in {name}"
         for path in inspection.weight_files(folder)
-        for name, count in _nonfinite(path).items()
+        for name, count in nonfinite(path).items()
     ]
     return _check("finite", wrong, "no NaN or infinity")
 
 
-def _nonfinite(path: Path) -> dict[str, int]:
-    import numpy as np
-
-    bytes_ = np.memmap(path, dtype=np.uint8, mode="r")
-    found = {}
-    for name, (tensor, start) in inspection.read_header(path).items():
-        if tensor.dtype not in _EXPONENTS:
-            continue
-        width, mask = _EXPONENTS[tensor.dtype]
-        count = 0
-        for begin in range(start, start + tensor.nbytes, _CHUNK_BYTES):
-            raw = bytes_[begin : min(begin + _CHUNK_BYTES, start + tensor.nbytes)].tobytes()
-            bits = np.frombuffer(raw, dtype=width)
-            count += int(np.count_nonzero((bits & mask) == mask))
-        if count:
-            found[name] = count
-    return found
-
-
-# A float is NaN or infinite when all these bits are set.
-_EXPONENTS = {
-    "F64": ("<u8", 0x7FF0_0000_0000_0000),
-    "F32": ("<u4", 0x7F80_0000),
-    "F16": ("<u2", 0x7C00),
-    "BF16": ("<u2", 0x7F80),
-    "F8_E5M2": ("u1", 0x7C),
-    "F8_E4M3": ("u1", 0x7F),  # has no infinity; all ones is NaN
-}
+def own_checks(folder: Path, cell: Cell) -> tuple[Check, ...]:
+    """What the cell's method itself says about stored files."""
+    own = getattr(registry.method(cell.method.name), "checks", None)
+    return () if own is None else tuple(own(folder, cell))
 
 
 def check_environment(support: MethodSupport) -> Check:

@@ -107,7 +107,7 @@ def test_cfg_shows_a_configuration(tmp_path: Path) -> None:
 def test_plan_of_a_committed_grid_with_an_override(tmp_path: Path) -> None:
     done = qgrid("plan", "+sweeps=demo", "bits=4", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("6 cells: 5 run, 1 unsupported")
+    assert done.stdout.splitlines()[-1].startswith("8 cells: 7 run, 1 unsupported")
 
 
 def test_a_key_that_only_the_swept_choices_have(tmp_path: Path) -> None:
@@ -257,3 +257,33 @@ def test_own_method_runtime_and_slices_run(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tickets" in done.stdout
+
+
+def write_sweep(folder: Path, *grids: str) -> None:
+    (folder / "sweeps").mkdir()
+    lines = "\n".join(f"      - {{{grid}}}" for grid in grids)
+    (folder / "sweeps" / "two.yaml").write_text(
+        "# @package _global_\n# python -m qgrid +sweeps=two\nhydra:\n  sweeper:\n"
+        f"    params: {{bits: '4,8'}}\n    grids:\n{lines}\n"
+    )
+
+
+def test_a_committed_sweep_may_join_several_grids(tmp_path: Path) -> None:
+    write_sweep(tmp_path, "method: rtn", "method: 'rtn,gguf', runtime: llama_cpp")
+    done = qgrid("plan", "--config-dir", str(tmp_path), "+sweeps=two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    # rtn at two widths and its baseline; gguf and its own; rtn is not for llama.cpp
+    assert "8 cells: 6 run, 2 unsupported (2 baselines added)" in done.stdout
+
+
+def test_the_command_line_replaces_an_axis_in_every_grid(tmp_path: Path) -> None:
+    write_sweep(tmp_path, "method: rtn", "method: gptq")
+    done = qgrid("plan", "--config-dir", str(tmp_path), "+sweeps=two", "bits=3", cwd=tmp_path)
+    assert "3 cells: 3 run (1 baseline added)" in done.stdout
+
+
+def test_a_setting_in_one_of_several_grids_is_refused(tmp_path: Path) -> None:
+    write_sweep(tmp_path, "method: rtn", "method: gptq, out: elsewhere")
+    done = qgrid("plan", "--config-dir", str(tmp_path), "+sweeps=two", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "`hydra.sweeper.grids` lists axes of cells" in done.stderr

@@ -42,7 +42,7 @@ def test_a_plan_from_any_folder(installed: Path, tmp_path: Path) -> None:
         env={"PYTHONPATH": str(installed), "PATH": "/usr/bin:/bin", "PYTHONSAFEPATH": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert "11 cells: 9 run, 2 unsupported" in done.stdout
+    assert "14 cells: 12 run, 2 unsupported" in done.stdout
 
 
 def test_the_wheel_holds_the_model_and_the_console_script(installed: Path) -> None:

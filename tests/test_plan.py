@@ -62,6 +62,44 @@ def test_a_missing_baseline_is_added_and_comes_first(planned: Plan) -> None:
     assert len({p.artifact_id for p in cells}) == 3
 
 
+def test_a_runtime_names_what_its_cells_compare_with(planned: Plan) -> None:
+    """GGUF cells with GGUF at 16 bits in the same runtime, never with another format's."""
+    cells = planned("method=gguf", "runtime=llama_cpp", "bits=4,8", "kv_cache=auto16,int8")
+    baseline, *others = cells
+    assert (label(baseline), baseline.added) == ("gguf16", True)
+    assert baseline.cell.method.options["type"] == "F16"
+    assert baseline.cell.kv_cache.name == "auto16"
+    assert {p.baseline_cell_id for p in others} == {baseline.cell_id}
+    assert len({p.artifact_id for p in cells}) == 3
+    bytes_a_token = {p.cell.kv_cache.name: p.predicted["kv_bytes_per_token"] for p in others}
+    assert bytes_a_token["int8"] / bytes_a_token["auto16"] == 8.5 / 16
+
+
+def test_a_width_and_the_type_it_means_are_one_artifact(planned: Plan) -> None:
+    cells = planned("method=gguf", "runtime=llama_cpp", "bits=4")
+    named = planned("method=gguf", "runtime=llama_cpp", "method.type=Q4_K_M")
+    assert [p.cell_id for p in cells] == [p.cell_id for p in named]
+    assert named[1].cell.method.options["type"] == "Q4_K_M"
+    assert named[1].cell.calibration is None
+
+
+def test_an_importance_matrix_makes_the_calibration_count(planned: Plan) -> None:
+    _, plain, weighted = planned(
+        "method=gguf", "runtime=llama_cpp", "bits=4", "method.imatrix=false,true"
+    )
+    assert weighted.cell.calibration is not None
+    assert plain.artifact_id != weighted.artifact_id
+
+
+def test_a_runtime_refuses_what_it_does_not_load_or_compute_in(planned: Plan) -> None:
+    cells = planned("method=gguf", "bits=4", "runtime=transformers,llama_cpp")
+    refused = [p for p in cells if p.status is not None]
+    assert [p.cell.runtime.name for p in refused] == ["transformers"]
+    assert "does not load `gguf`" in str(refused[0].reason)
+    with pytest.raises(plan.EmptyGrid, match=r"has no `runtime.dtype=bfloat16` \(has: float32\)"):
+        planned("method=gguf", "runtime=llama_cpp", "runtime.dtype=bfloat16")
+
+
 def test_duplicates_are_merged(planned: Plan) -> None:
     assert len(planned("method=nf4", "bits=null,4")) == 2
 
@@ -171,3 +209,10 @@ def test_planning_imports_nothing_heavy(tmp_path: Path) -> None:
 
 def test_choice_is_what_the_plan_takes() -> None:
     assert {"bits", "seed", "context"} <= set(Choice.__dataclass_fields__)
+
+
+def test_a_format_that_a_runtime_lacks_names_one_that_loads_it(planned: Plan) -> None:
+    with pytest.raises(plan.EmptyGrid, match=r"does not load `gguf`.*use `runtime=llama_cpp`"):
+        planned("method=gguf", "bits=4")
+    with pytest.raises(plan.EmptyGrid, match=r"has no `kv_cache=int2` \(has: auto16, int8"):
+        planned("method=gguf", "bits=4", "runtime=llama_cpp", "kv_cache=int2")

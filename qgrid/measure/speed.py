@@ -6,7 +6,7 @@ import json
 import os
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,12 +69,14 @@ def measure(job: Job) -> StageResult:
         weighed = [_plain(metric, value) for metric, value in held.items() if value is not None]
         measurements = (*weighed, *summary(samples))
         observed = {**engine.observed(), **_conditions(samples)}
+        read = memory.weights_bytes - _unread_bytes(cell, Path(job.artifact), observed)
+        checks = (*engine.checks(), *_ceiling(cell, read, measurements))
         engine.close()
         _write_samples(Path(job.out), samples)
     return StageResult(
         "speed",
         measurements=measurements,
-        checks=_ceiling(cell, Path(job.artifact), memory.weights_bytes, measurements),
+        checks=checks,
         observed=observed,
         seconds=phases.seconds,
     )
@@ -119,11 +121,16 @@ def _require_lengths(made: Sequence[Generation], wanted: int) -> None:
 def sample(
     made: Sequence[Generation], concurrency: int, repeat: int, prompt_tokens: int, began: float
 ) -> Sample:
-    """Times of one batch. Decoding begins when the last request has its first token."""
+    """Times of one batch.
+
+    Decoding begins when the last request has its first token; tokens that others got before, while
+    prompts were still being read, count for neither rate.
+    """
     firsts = [each.seconds[0] for each in made]
     lasts = [each.seconds[-1] for each in made]
     steps = len(made[0].ids) - 1
-    decode = max(lasts) - max(firsts)
+    begin = max(firsts)
+    decoded = sum(moment > begin for each in made for moment in each.seconds)
     gaps = [
         later - earlier
         for each in made
@@ -132,8 +139,8 @@ def sample(
     return Sample(
         concurrency=concurrency,
         repeat=repeat,
-        prefill_throughput=concurrency * prompt_tokens / max(firsts),
-        decode_throughput=concurrency * steps / decode,
+        prefill_throughput=concurrency * prompt_tokens / begin,
+        decode_throughput=decoded / (max(lasts) - begin),
         ttft_ms=[_MS * first for first in firsts],
         itl_ms=[_MS * gap for gap in gaps],
         tpot_ms=[_MS * (last - first) / steps for first, last in zip(firsts, lasts, strict=True)],
@@ -234,19 +241,27 @@ def _text_config(folder: Path) -> dict[str, Any]:
     return {**config, **config.get("text_config", {})}
 
 
-def _ceiling(
-    cell: Cell, folder: Path, weights_bytes: int, measurements: Sequence[Measurement]
-) -> tuple[Check, ...]:
-    """Batch-1 decoding reads every weight once a token: memory bandwidth bounds its speed."""
+def _unread_bytes(cell: Cell, folder: Path, observed: Mapping[str, Any]) -> int:
+    """Bytes of an embedding table of its own, of which a token reads one row.
+
+    As the engine tells, else as wide as the speed dtype.
+    """
+    told = observed.get("unread_table_bytes")
+    if told is not None:
+        return int(told)
+    config = _text_config(folder)
+    if models.tied(config):
+        return 0
+    width = DTYPE_BYTES[cell.runtime.speed_dtype]
+    return width * int(config["vocab_size"]) * int(config["hidden_size"])
+
+
+def _ceiling(cell: Cell, read_bytes: int, measurements: Sequence[Measurement]) -> tuple[Check, ...]:
+    """Batch-1 decoding reads `read_bytes` a token: memory bandwidth bounds its speed."""
     bandwidth = cell.gpu.bandwidth_gb_s
     if bandwidth is None:
         return ()
-    config = _text_config(folder)
-    table = 0
-    if not models.tied(config):
-        width = DTYPE_BYTES[cell.runtime.speed_dtype]
-        table = width * int(config["vocab_size"]) * int(config["hidden_size"])
-    ceiling = bandwidth * cell.gpu.count * 1e9 / (weights_bytes - table)
+    ceiling = bandwidth * cell.gpu.count * 1e9 / read_bytes
     speed = next(
         m.value
         for m in measurements

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qgrid import inspection, models
 from qgrid.contracts import Unsupported
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from qgrid.types import Cell, Model
 
+_CONFIGS = ("config.json", "generation_config.json")
 PROBE_TOKENS = 48
 PROBE_TEXT = (
     "Question: what is 12 + 34?\nAnswer: 46.\n"
@@ -58,6 +59,21 @@ def is_16bit(source: Path) -> bool:
 def _is_half(source: Path) -> bool:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     return bool(config.get("dtype", config.get("torch_dtype")) == "float16")
+
+
+def stored_dtype(source: Path) -> Literal["F16", "BF16", "F32"]:
+    """The narrowest dtype that holds every stored weight as it is."""
+    dtypes = {tensor.dtype for tensor in inspection.read_headers(source).values()}
+    if dtypes == {"BF16"}:
+        return "BF16"
+    return "F16" if dtypes == {"F16"} else "F32"
+
+
+def copy_configs(source: Path, out: Path) -> None:
+    """Copy `config.json`, and how to generate where the checkpoint says it."""
+    for name in _CONFIGS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:

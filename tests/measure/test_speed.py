@@ -103,6 +103,19 @@ def test_formulas_on_given_times() -> None:
     assert one.e2e_latency_ms == pytest.approx([400, 500])
 
 
+def test_tokens_before_the_last_first_one_are_not_decoding() -> None:
+    """Two requests by continuous batching: the first decodes while the second is read."""
+    made = [
+        Generation((1, 2, 3, 4), (0.1, 0.2, 0.3, 0.4)),
+        Generation((1, 2, 3, 4), (0.3, 0.4, 0.5, 0.6)),
+    ]
+    one = speed.sample(made, concurrency=2, repeat=0, prompt_tokens=30, began=0.0)
+    assert one.prefill_throughput == pytest.approx(2 * 30 / 0.3)
+    assert one.decode_throughput == pytest.approx(4 / 0.3)  # at 0.4 twice, at 0.5 and 0.6
+    assert one.ttft_ms == pytest.approx([100, 300])
+    assert one.tpot_ms == pytest.approx([100, 100])
+
+
 def test_repeats_that_differ_are_marked_unstable() -> None:
     def sample(repeat: int, last: float) -> speed.Sample:
         made = [Generation((1, 2), (0.1, last))]
@@ -192,12 +205,10 @@ def test_the_stage_measures_a_real_engine(
     assert (check.name, check.ok, check.fatal) == ("decode_below_bandwidth", True, False)
 
 
-def test_an_impossible_speed_fails_its_check(
-    tiny_random: Path, make_cell: Callable[..., Cell]
-) -> None:
+def test_an_impossible_speed_fails_its_check(make_cell: Callable[..., Cell]) -> None:
     slow = Gpu("x", "cpu", "", None, 8.0, 1e-6, 1)
     measured = speed.summary([speed.sample([Generation((1, 2), (0.1, 0.2))], 1, 0, 4, 0.0)])
-    (check,) = speed._ceiling(make_cell(gpu=slow), tiny_random, 10_000, measured)
+    (check,) = speed._ceiling(make_cell(gpu=slow), 10_000, measured)
     assert not check.ok
     assert check.expected == "at most 0.1 tok/s at batch 1"
 
@@ -212,5 +223,8 @@ def test_an_embedding_table_of_its_own_is_not_read(
     cell = make_cell(gpu=Gpu("x", "cpu", "", None, 8.0, 1.0, 1))
     cell = dataclasses.replace(cell, runtime=dataclasses.replace(cell.runtime, speed_dtype=dtype))
     measured = speed.summary([speed.sample([Generation((1, 2), (0.1, 0.2))], 1, 0, 4, 0.0)])
-    (check,) = speed._ceiling(cell, tmp_path, 1000 * width + 1_000_000, measured)
+    unread = speed._unread_bytes(cell, tmp_path, {})
+    assert unread == 1000 * width
+    (check,) = speed._ceiling(cell, 1000 * width + 1_000_000 - unread, measured)
     assert check.expected == "at most 1000.0 tok/s at batch 1"
+    assert speed._unread_bytes(cell, tmp_path, {"unread_table_bytes": 7}) == 7

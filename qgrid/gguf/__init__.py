@@ -1,0 +1,1 @@
+"""GGUF files: made from a checkpoint, read, quantized, compared with the checkpoint."""

@@ -1,0 +1,193 @@
+"""What llama.cpp says: its log captured instead of printed, and the figures that are in it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+_WARNING, _ERROR, _DEBUG, _CONTINUED = 2, 3, 4, 5  # `ggml_log_level`
+_MIB = 2**20
+_OUT_OF_MEMORY = re.compile(r"(failed|unable) to allocate|out of memory", re.IGNORECASE)
+_BUFFER = re.compile(r": +(\S+) (model|KV|compute|output) buffer size = +([\d.]+) MiB")
+_KV = re.compile(r"\( *(\d+) cells,.*/(\d+) seqs\), K \((\w+)\): +([\d.]+).*V \((\w+)\): +([\d.]+)")
+_WIDTH = re.compile(r"n_embd_([kv])_gqa +=\s+(.+)$")
+_LAYERS = re.compile(r" n_layer +=\s+(\d+)")
+_OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers")
+_DEVICE = re.compile(r"using device (\S+) \((.+?)\) \(")
+_FLASH = re.compile(r"flash_attn +=\s+(\w+)|Flash Attention (enabled)|Flash Attention (not supp)")
+
+
+class LlamaError(RuntimeError):
+    """llama.cpp failed; the message says at what, and what it logged."""
+
+
+@dataclass
+class Log:
+    """Warnings, errors and figures of one or more calls; debug lines are left out."""
+
+    lines: list[tuple[int, str]] = field(default_factory=list)
+    _keeps: bool = True
+
+    def add(self, level: int, text: str) -> None:
+        """Keep one message, or the rest of the one before."""
+        if level != _CONTINUED:
+            self._keeps = level != _DEBUG
+        if not self._keeps:
+            return
+        if level == _CONTINUED and self.lines:
+            first, begun = self.lines[-1]
+            self.lines[-1] = (first, begun + text)
+        else:
+            self.lines.append((level, text))
+
+    @property
+    def texts(self) -> list[str]:
+        """The messages without their levels."""
+        return [text.rstrip("\n") for _, text in self.lines]
+
+    def problems(self) -> str:
+        """Warnings and errors in one line; empty where there are none."""
+        found = [text.strip() for level, text in self.lines if level in {_WARNING, _ERROR}]
+        return "; ".join(dict.fromkeys(found))
+
+    def error(self, what: str) -> Exception:
+        """The exception for a failed call: a `MemoryError` where memory was refused."""
+        why = self.problems() or "no reason given"
+        kind = MemoryError if _OUT_OF_MEMORY.search(why) else LlamaError
+        return kind(f"llama.cpp cannot {what}: {why}")
+
+
+_active: list[Log] = []  # the log that is being written is the last
+
+
+@functools.cache
+def _callback() -> Any:
+    """The C function that receives every message; kept for as long as the process lives."""
+    import llama_cpp
+
+    def receive(level: int, text: bytes, _: Any) -> None:
+        if _active:
+            _active[-1].add(level, text.decode("utf-8", "replace"))
+
+    return llama_cpp.llama_log_callback(receive)
+
+
+@contextmanager
+def captured() -> Iterator[Log]:
+    """Collect what the library logs inside the block; whoever received it before does so after."""
+    import llama_cpp
+
+    before, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(data))
+    llama_cpp.llama_log_set(_callback(), ctypes.c_void_p())
+    _active.append(Log())
+    try:
+        yield _active[-1]
+    finally:
+        _active.pop()
+        llama_cpp.llama_log_set(before, data)
+
+
+def error(what: str) -> Exception:
+    """The exception for a C call that failed inside `captured()`."""
+    return _active[-1].error(what)
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """What loading told: bytes by buffer name, width of keys and values summed over layers."""
+
+    weights_bytes: dict[str, int]
+    key_width: int
+    value_width: int
+    layers: int
+    offloaded: int
+    devices: dict[str, str]  # of the GPUs it uses, name -> description
+
+    @property
+    def repacked(self) -> bool:
+        """Whether weights were laid out anew for this processor."""
+        return any("REPACK" in name or "AMX" in name for name in self.weights_bytes)
+
+
+@dataclass(frozen=True)
+class ContextFigures:
+    """What making a context told; `kv_bytes` counts all `cells`, rounded to 0.01 MiB."""
+
+    kv_bytes: int
+    compute_bytes: int
+    output_bytes: int
+    cells: int
+    key_type: str
+    value_type: str
+    flash_attention: bool
+
+
+def model_figures(lines: Sequence[str]) -> ModelFigures:
+    """The figures in the log of a load."""
+    layers = int(_only(_LAYERS, lines)[0])
+    offloaded = [match.group(1) for match in map(_OFFLOADED.search, lines) if match]
+    widths = _pairs(_WIDTH, lines)
+    return ModelFigures(
+        weights_bytes=_buffers(lines, "model"),
+        key_width=_summed(widths["k"], layers),
+        value_width=_summed(widths["v"], layers),
+        layers=layers,
+        offloaded=int(offloaded[-1]) if offloaded else 0,
+        devices=_pairs(_DEVICE, lines),
+    )
+
+
+def context_figures(lines: Sequence[str]) -> ContextFigures:
+    """The figures in the log of making a context."""
+    cells, streams, key_type, key_mib, value_type, value_mib = _only(_KV, lines)
+    return ContextFigures(
+        kv_bytes=round((float(key_mib) + float(value_mib)) * _MIB),
+        compute_bytes=sum(_buffers(lines, "compute").values()),
+        output_bytes=sum(_buffers(lines, "output").values()),
+        cells=int(cells) * int(streams),
+        key_type=key_type,
+        value_type=value_type,
+        flash_attention=_flash_attention(lines),
+    )
+
+
+def _flash_attention(lines: Sequence[str]) -> bool:
+    """As it came up: what was asked for is logged first, the outcome of a probe later."""
+    found = [match for match in map(_FLASH.search, lines) if match]
+    if not found:
+        raise LlamaError("llama.cpp's log does not say whether flash attention is used")
+    return "enabled" in found[-1].groups()
+
+
+def _buffers(lines: Sequence[str], kind: str) -> dict[str, int]:
+    """Bytes by buffer name; buffers of one name (of several devices or files) together."""
+    total: dict[str, int] = {}
+    for match in map(_BUFFER.search, lines):
+        if match and match.group(2) == kind:
+            name = match.group(1)
+            total[name] = total.get(name, 0) + round(float(match.group(3)) * _MIB)
+    return total
+
+
+def _pairs(pattern: re.Pattern[str], lines: Sequence[str]) -> dict[str, str]:
+    found = (match for match in map(pattern.search, lines) if match)
+    return {match.group(1): match.group(2) for match in found}
+
+
+def _summed(width: str, layers: int) -> int:
+    """One width for every layer, or a list where they differ."""
+    numbers = [int(number) for number in re.findall(r"\d+", width)]
+    return numbers[0] * layers if len(numbers) == 1 else sum(numbers)
+
+
+def _only(pattern: re.Pattern[str], lines: Sequence[str]) -> tuple[str, ...]:
+    found = next((match for match in map(pattern.search, lines) if match), None)
+    if found is None:
+        raise LlamaError(f"llama.cpp's log lacks `{pattern.pattern}`: another version?")
+    return found.groups()
