@@ -18,7 +18,9 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     # quality
-    "ppl": Metric("1", "lower", "ppl", "Perplexity at the cell's context, by its protocol (gptq-N or llamacpp-N)."),
+    "ppl": Metric(
+        "1", "lower", "ppl", "Perplexity at the cell's context (protocol gptq-N or llamacpp-N)."
+    ),
     "ln_ppl_ratio": Metric(
         "nats", "lower", "ln ppl ratio", "Mean paired difference of negative log-likelihood."
     ),

@@ -52,6 +52,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         "llmcompressor.modeling.moe.gpt_oss",
     ),
 }
+OWN = ("torch", "transformers")  # of qgrid itself: tokenizers, and the arithmetic of quality
 BASE = ("qgrid",)  # imported before the first job; the rest when a job needs it
 
 
@@ -64,7 +65,8 @@ def needs(path: Path) -> tuple[str, tuple[str, ...]]:
         method = registry.method(cell.method.name).SUPPORTS.packages
     except Exception:  # noqa: BLE001 - a user's module may fail in any way; the child reports it
         return "artifact", ()
-    used = (*runtime, *method)
+    own = () if job.stage == "speed" else OWN
+    used = dict.fromkeys((*own, *runtime, *method))
     return job.stage, (*(name for name in used if name in MODULES), *_model_module(job))
 
 

@@ -56,7 +56,7 @@ def cache() -> Path:
 
 
 def key(parts: Mapping[str, str]) -> str:
-    """The name of a wheel's folder: its package, and a hash of all that decides its machine code."""
+    """A wheel's folder: its package, and a hash of all that decides its machine code."""
     name = re.sub(r"[^\w.]+", "-", parts["requirement"]).strip("-")
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return f"{name}-{digest[:16]}"

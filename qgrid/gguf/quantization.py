@@ -134,4 +134,3 @@ def _entries(importance: Importance) -> ctypes.Array[Any]:
         place.data = (ctypes.c_float * flat.size).from_buffer_copy(flat.tobytes())
         place.size = flat.size
     return entries
-

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from qgrid.runtimes._llama_model import Rows
 
-PLACES = 64  # sequences that one pass scores
+PLACES = 64  # sequences that one pass scores, at most
 GROUP_BYTES = 256 * 2**20  # logits of one pass
 _PREFIX = 0  # the place that holds the prefix; sequences stand behind it
 
@@ -33,6 +33,7 @@ class Scorer:
         self, contexts: Callable[[Room], Context], tokens: int, vocab: int, threads: int
     ) -> None:
         self._contexts = contexts
+        self._places = min(PLACES, tokens - 1)  # a pass must have room for a token of each
         self._tokens = tokens
         self._max_rows = max(CHUNK_ROWS, GROUP_BYTES // (4 * vocab))
         self._threads = threads
@@ -54,7 +55,7 @@ class Scorer:
             _check(request, len(lead))
         packs = list(self._packs(requests))
         longest = max((sum(family.tokens for family in pack) for pack in packs), default=0)
-        room = Room(PLACES + 1, len(head) + longest, shared=True, outputs=CHUNK_ROWS)
+        room = Room(self._places + 1, len(head) + longest, shared=True, outputs=CHUNK_ROWS)
         context = self._contexts(room)
         self._read(context, head)
         used = 0
@@ -74,8 +75,8 @@ class Scorer:
                 yield [Family((), (run[0],))]
                 continue
             for part in within_rows(run, self._max_rows):
-                for begin in range(0, len(part), PLACES):
-                    yield from self._packed(families(part[begin : begin + PLACES]))
+                for begin in range(0, len(part), self._places):
+                    yield from self._packed(families(part[begin : begin + self._places]))
 
     def _packed(self, found: Sequence[Family]) -> Iterator[list[Family]]:
         pack: list[Family] = []

@@ -50,6 +50,7 @@ LOADS = RuntimeSupport(
 )
 _MIB_ROUNDING = 2 * 0.005 * 2**20  # the log gives keys and values to 0.01 MiB
 _MAX_PLACES = 256  # sequences that the library takes at once
+_LEAST_TOKENS = 16  # of a pass: it has to hold one of each sequence
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ def refusal(cell: Cell) -> str | None:
         return (
             f"`kv_cache={cell.kv_cache.name}` needs flash attention in llama.cpp; set "
             "`runtime.flash_attention=true`"
+        )
+    if not _LEAST_TOKENS <= options.ubatch <= options.batch:
+        return (
+            f"`runtime.ubatch={options.ubatch}` should be between {_LEAST_TOKENS} and "
+            f"`runtime.batch={options.batch}`"
         )
     return None
 
@@ -116,7 +122,7 @@ class LlamaCpp:
         if not prompts or max_new_tokens < 1:
             return [Generation((), ()) for _ in prompts]
         longest = max(len(prompt) for prompt in prompts) + max_new_tokens
-        places = min(len(prompts), _MAX_PLACES, self._options.batch)
+        places = min(len(prompts), _MAX_PLACES, self._options.ubatch)
         context = self._context(Room(places, longest, shared=False, outputs=places))
         return Batcher(context, places, max_new_tokens, frozenset(stop)).run(prompts)
 

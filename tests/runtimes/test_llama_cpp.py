@@ -140,8 +140,8 @@ def test_passes_smaller_than_a_sequence(
     artifact: Path, llama_cell: MakeCell, model: Any, sequences: list[Ids]
 ) -> None:
     """Everything is cut at every border that a pass can have."""
-    loaded = runtime.load(artifact, llama_cell({"batch": 7, "ubatch": 5}), "float32")
-    rows = [*sequences[:8], *sequences[20:23]]
+    loaded = runtime.load(artifact, llama_cell({"batch": 17, "ubatch": 16}), "float32")
+    rows = [*sequences[:12], *sequences[20:23]]
     keep = [min(6, len(ids) - 1) for ids in rows]
     assert distance(cast(Any, loaded), model, rows, keep, sequences[9]) <= FAR
     prompts = prompts_of([20, 3, 40])
@@ -162,7 +162,7 @@ def test_rows_are_cut_alike_whatever_is_asked_beside(
     )
     assert first == second
     assert [each for each in first if each[0] == 3] == [
-        (3, 100, 412),
+        (3, 100, 413),
         (3, 512 + 1, 512),
         (3, 1025, 175),
     ]
@@ -211,7 +211,7 @@ def test_a_long_prompt_does_not_hold_up_the_others(
     artifact: Path, llama_cell: MakeCell, model: Any
 ) -> None:
     """Continuous batching: a short request decodes between the pieces of a long prompt."""
-    loaded = runtime.load(artifact, llama_cell({"batch": 64}), "float32")
+    loaded = runtime.load(artifact, llama_cell({"batch": 64, "ubatch": 64}), "float32")
     prompts = prompts_of([10, 400], seed=8)
     short, long = loaded.generate(prompts, 6)
     require_greedy(model, prompts, [short, long], 6)
@@ -337,7 +337,7 @@ def test_messages_in_parts_are_joined() -> None:
 
 
 def test_options_of_the_shipped_yaml(compose: Any, llama_cell: MakeCell) -> None:
-    found = compose(["runtime=llama_cpp"]).choice["runtime"]
+    found = compose(["runtime=llama_cpp"]).values["runtime"]
     own = {field.name for field in dataclasses.fields(runtime.Options)}
     assert {key: found[key] for key in own} == OPTIONS
     assert found["dtype"] == found["speed_dtype"] == "float32"
