@@ -125,6 +125,16 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
+def compute_threads(wanted: int | None) -> int:
+    """Threads to compute with on a CPU: as wanted, else the physical cores that may be used."""
+    import psutil
+
+    if wanted is not None:
+        return wanted
+    physical = psutil.cpu_count(logical=False)
+    return max(1, min(physical, num_cores()) if physical else num_cores())
+
+
 def memory_bytes() -> int:
     """Physical memory of the machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qgrid import environment, inspection, models, registry
+from qgrid import environment, inspection, models, phrases, registry
 from qgrid.files import HashCache
 from qgrid.fingerprint import difference
 from qgrid.finite import nonfinite
@@ -19,7 +19,6 @@ from qgrid.types import Cell, Check, Manifest, MethodSupport, ModuleState
 
 _BITS_TOLERANCE = 0.01  # relative; layer by layer the format leaves no room, see `stored_bits`
 _UNKNOWN_OVERHEAD = 1.0  # bits of scales that a method without `stored_bits` may add
-_SHOWN = 3
 
 
 class BadArtifact(RuntimeError):
@@ -250,5 +249,4 @@ def _check(name: str, wrong: Sequence[str], expected: str, found: str | None = N
     """A fatal check that is good when nothing is wrong; else it shows a few of the faults."""
     if not wrong:
         return Check(name, True, expected, expected if found is None else found)
-    more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-    return Check(name, False, expected, "; ".join(wrong[:_SHOWN]) + more)
+    return Check(name, False, expected, phrases.first(wrong))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -133,8 +133,10 @@ def _reordered_heads(decoder: Decoder, name: str) -> int | None:
     return decoder.kv_heads if ".k_proj." in name else None
 
 
-def load(source: Source, decoder: Decoder) -> np.ndarray[Any, Any]:
+def load(source: Source, decoder: Decoder, rows: int | None = None) -> np.ndarray[Any, Any]:
     """The data of one tensor, in the bytes that the file holds.
+
+    `rows`: only so many first rows of a matrix, or the first head where rows are reordered.
 
     Raises:
         ValueError: a value that F16 cannot hold.
@@ -143,9 +145,11 @@ def load(source: Source, decoder: Decoder) -> np.ndarray[Any, Any]:
 
     if source.place is None:
         return np.array(_decoder.rope_factors(decoder), dtype=np.float32)
-    raw = _mapped(source.place)
-    if source.heads is not None:
-        raw = _pairs_side_by_side(raw, source.heads)
+    raw, heads = _mapped(source.place), source.heads
+    if rows is not None and raw.ndim > 1:
+        raw, heads = raw[: rows if heads is None else decoder.head_dim], heads and 1
+    if heads is not None:
+        raw = _pairs_side_by_side(raw, heads)
     return _converted(raw, source)
 
 
@@ -206,9 +210,3 @@ def _half(wide: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
             "of F16; use `method.type=BF16`"
         )
     return half
-
-
-def loaded(planned: list[Source], decoder: Decoder) -> Iterator[np.ndarray[Any, Any]]:
-    """The data of all planned tensors, one in memory at a time."""
-    for source in planned:
-        yield load(source, decoder)

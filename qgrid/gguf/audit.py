@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qgrid import inspection
+from qgrid import inspection, phrases
 from qgrid.gguf import layers, mix
 from qgrid.gguf.file import Header, Stored
 from qgrid.gguf.types import BY_FILE_TYPE, FILE_TYPES, FileType
 from qgrid.types import Check
 
-_SHOWN = 3
 _BASE_SHARE = 0.5  # of the linear weights: gate, up, query and key always have the base type
 _FILE_TYPE = "general.file_type"
 
@@ -30,7 +29,7 @@ def check_types(
     expected = f"{file_type.name}: linear layers as {', '.join(sorted(file_type.mix))}"
     shown = described(header, names)
     if wrong:
-        shown += f": {_short(wrong)}"
+        shown += f": {phrases.first(wrong)}"
     return Check("types", not wrong, expected, shown, fatal=not accepted)
 
 
@@ -108,8 +107,3 @@ def shape(config: Mapping[str, object]) -> mix.Shape:
     given = config.get("num_key_value_heads")
     keys = heads if given is None else int(str(given))
     return mix.Shape(int(str(config["num_hidden_layers"])), heads, keys)
-
-
-def _short(wrong: Sequence[str]) -> str:
-    more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-    return "; ".join(wrong[:_SHOWN]) + more

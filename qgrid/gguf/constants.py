@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator
 from math import isclose
-from typing import Any
+from pathlib import Path
 
 from qgrid.gguf import _decoder
+from qgrid.gguf import file as gguf_file
 from qgrid.gguf.file import Header
 from qgrid.types import Check
 
 _TOLERANCE = 1e-5  # relative; a file keeps single precision
 _ROPE_TABLE = "rope_freqs.weight"
+_ROPE_FACTORS = ("scaling.factor", "scale_linear", "scaling.attn_factor")
 _DEFAULT_ROPE_BASE = 10000.0  # llama.cpp's, where a file has no such key
 
 
-def check_constants(header: Header, config: Mapping[str, Any]) -> Check:
-    """Architecture, sizes, norm and rotary constants are those of the base.
+def check_constants(file: Path, source: Path) -> Check:
+    """Architecture, sizes, norm and rotary constants are those of the base in `source`.
 
     Raises:
         Unsupported: an architecture that the converter does not know.
     """
-    wrong = list(_differences(header, _decoder.read(config)))
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    wrong = list(_differences(gguf_file.read(file), _decoder.read(config)))
     found = "; ".join(wrong) if wrong else "the same"
     return Check("constants", not wrong, "those of the base model's config.json", found)
 
@@ -42,7 +46,7 @@ def _differences(header: Header, decoder: _decoder.Decoder) -> Iterator[str]:
             yield f"{key} is missing"
         elif not isclose(found, wanted, rel_tol=_TOLERANCE):
             yield f"{key} is {found:g}, not {wanted:g}"
-    yield from _rope_differences(header, decoder, f"{name}.rope.scaling.type")
+    yield from _rope_differences(header, decoder, f"{name}.rope.")
 
 
 def _wanted(decoder: _decoder.Decoder) -> dict[str, float]:
@@ -58,10 +62,15 @@ def _wanted(decoder: _decoder.Decoder) -> dict[str, float]:
     }
 
 
-def _rope_differences(header: Header, decoder: _decoder.Decoder, key: str) -> Iterator[str]:
-    scaling = header.metadata.get(key, "none")
-    if scaling != "none":
-        yield f"rope.scaling.type is {scaling}, not none"
+def _rope_differences(header: Header, decoder: _decoder.Decoder, prefix: str) -> Iterator[str]:
+    """llama.cpp scales by a factor also where the file names no type: its default is linear."""
+    kind = header.metadata.get(f"{prefix}scaling.type", "linear")
+    if kind not in {"none", "linear"}:
+        yield f"rope.scaling.type is {kind}, not none"
+    for key in _ROPE_FACTORS:
+        factor = header.metadata.get(f"{prefix}{key}", 1)
+        if factor not in (0, 1):  # 0 is llama.cpp's word for none
+            yield f"rope.{key} is {factor}, not 1"
     if (_ROPE_TABLE in header.tensors) != (decoder.rope is not None):
         kept, wanted = ("none", "one") if decoder.rope is not None else ("one", "none")
         yield f"the table of stretched rotary frequencies: {kept}, not {wanted}"

@@ -36,11 +36,20 @@ def convert(source: Path, out: Path, dtype: Dtype) -> None:
         Unsupported: something that GGUF or the converter does not know, by name.
         ValueError: a weight is beyond the range of F16.
     """
-    decoder, stored = _checked(source)
+    decoder, tensors = planned(source, dtype)
     words = vocabulary.read(source, decoder.vocab)
-    planned = _tensors.plan(decoder, stored, _name_map(decoder), dtype)
     with _written_aside(out) as aside:
-        _write(aside, decoder, words, planned, dtype)
+        _write(aside, decoder, words, tensors, dtype)
+
+
+def planned(source: Path, dtype: Dtype) -> tuple[Decoder, list[Source]]:
+    """The decoder of a checkpoint and the tensors of its GGUF file, in order.
+
+    Raises:
+        Unsupported: something that the converter does not know, by name.
+    """
+    decoder, stored = _checked(source)
+    return decoder, _tensors.plan(decoder, stored, _name_map(decoder), dtype)
 
 
 def refusal(source: Path) -> str | None:
@@ -118,7 +127,7 @@ def _name_map(decoder: Decoder) -> dict[str, str]:
 
 
 def _write(
-    path: Path, decoder: Decoder, words: Vocabulary, planned: list[Source], dtype: Dtype
+    path: Path, decoder: Decoder, words: Vocabulary, tensors: list[Source], dtype: Dtype
 ) -> None:
     from gguf import GGUFWriter
 
@@ -127,12 +136,12 @@ def _write(
         _add_sizes(writer, decoder)
         writer.add_file_type(_FILE_TYPES[dtype])
         vocabulary.write(words, writer)
-        _add_tensors(writer, planned)
+        _add_tensors(writer, tensors)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for data in _tensors.loaded(planned, decoder):
-            writer.write_tensor_data(data)
+        for tensor in tensors:
+            writer.write_tensor_data(_tensors.load(tensor, decoder))
     finally:
         writer.close()
 
@@ -153,18 +162,18 @@ def _add_sizes(writer: GGUFWriter, decoder: Decoder) -> None:
     writer.add_layer_norm_rms_eps(decoder.norm_eps)
 
 
-def _add_tensors(writer: GGUFWriter, planned: list[Source]) -> None:
+def _add_tensors(writer: GGUFWriter, tensors: list[Source]) -> None:
     import numpy as np
     from gguf import GGMLQuantizationType
 
-    for source in planned:
-        count = int(np.prod(source.shape))
+    for tensor in tensors:
+        count = int(np.prod(tensor.shape))
         writer.add_tensor_info(
-            source.name,
-            source.shape,
+            tensor.name,
+            tensor.shape,
             np.dtype(np.float32),  # ignored: the raw type says it
-            count * _tensors.BYTES[source.dtype],
-            raw_dtype=GGMLQuantizationType[source.dtype],
+            count * _tensors.BYTES[tensor.dtype],
+            raw_dtype=GGMLQuantizationType[tensor.dtype],
         )
 
 

@@ -125,17 +125,37 @@ def read(path: Path, arrays: Collection[str] = ()) -> Header:
             raise TornFile(
                 f"{path.name} has {size} bytes, which end within its GGUF header"
             ) from None
-        alignment = metadata.get("general.alignment", _ALIGNMENT)
-        first = _aligned(cursor.place, alignment)
+    alignment = _alignment(metadata, path.name)
+    first = _aligned(cursor.place, alignment)
     tensors = {name: Stored(kind, shape, first + at) for name, (kind, shape, at) in infos.items()}
-    end = max((t.start + t.nbytes for t in tensors.values()), default=first)
+    end = _end(tensors, first, alignment, path.name)
     if not end <= size <= _aligned(end, alignment):  # a writer may pad the last tensor
         raise TornFile(f"{path.name} has {size} bytes, its header says {end}")
     return Header(metadata, tensors)
 
 
+def _alignment(metadata: Mapping[str, Any], file: str) -> int:
+    found = metadata.get("general.alignment", _ALIGNMENT)
+    if not isinstance(found, int) or found < 1 or found & (found - 1):
+        raise TornFile(f"{file}: `general.alignment` is {found!r}, which is no power of two")
+    return found
+
+
 def _aligned(place: int, alignment: int) -> int:
     return -(-place // alignment) * alignment
+
+
+def _end(tensors: Mapping[str, Stored], first: int, alignment: int, file: str) -> int:
+    """The byte behind the last tensor; each begins where the one before it ends."""
+    end = first
+    for name, tensor in tensors.items():
+        if tensor.start != _aligned(end, alignment):
+            raise TornFile(
+                f"{file}: tensor {name} begins at byte {tensor.start}, not at "
+                f"{_aligned(end, alignment)} behind the one before it"
+            )
+        end = tensor.start + tensor.nbytes
+    return end
 
 
 _Info = tuple[TensorType, tuple[int, ...], int]  # offset from the start of the data
@@ -150,17 +170,22 @@ def _header(cursor: _Cursor, name: str) -> tuple[dict[str, Any], dict[str, _Info
         told = "no GGUF header" if start != MAGIC else f"GGUF version {version}"
         raise TornFile(f"{name} has {told}; GGUF versions 2 and 3 are read")
     num_tensors, num_keys = cursor.scalar(_COUNT), cursor.scalar(_COUNT)
-    metadata = {}
+    metadata: dict[str, Any] = {}
     for _ in range(num_keys):
-        key = cursor.text()
-        value = _value(cursor, key, cursor.scalar(_NUMBER))
-        if value is not None:
-            metadata[key] = value
-    infos = {}
+        key = _fresh(cursor.text(), metadata, f"{name}: the key")
+        metadata[key] = _value(cursor, key, cursor.scalar(_NUMBER))
+    infos: dict[str, _Info] = {}
     for _ in range(num_tensors):
-        tensor = cursor.text()
+        tensor = _fresh(cursor.text(), infos, f"{name}: the tensor")
         infos[tensor] = _tensor(cursor, name, tensor)
-    return metadata, infos
+    return {key: value for key, value in metadata.items() if value is not None}, infos
+
+
+def _fresh(name: str, known: Collection[str], what: str) -> str:
+    """A name that did not come before: llama.cpp refuses a file with two of one name."""
+    if name in known:
+        raise TornFile(f"{what} `{name}` comes twice")
+    return name
 
 
 def _value(cursor: _Cursor, key: str, kind: int) -> Any:

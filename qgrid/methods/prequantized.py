@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import inspection, models
+from qgrid import models, phrases
 from qgrid.contracts import Built, InvalidEngine, Unsupported
-from qgrid.gguf import audit, convert, layers
+from qgrid.gguf import audit, base_tensors, convert, layers
 from qgrid.gguf import file as gguf_file
 from qgrid.gguf.constants import check_constants
 from qgrid.gguf.types import FILE_TYPES, TENSOR_TYPES, FileType, named, stored_as
 from qgrid.methods import _checkpoint, gguf
-from qgrid.types import Cell, Check, MethodSupport, Tensor
+from qgrid.types import Cell, Check, MethodSupport
 
 if TYPE_CHECKING:
     from qgrid.files import HashCache
@@ -29,7 +28,6 @@ SUPPORTS = MethodSupport(
     calibrated=False,
 )
 _HUB_PARTS = 3  # ORG/NAME/FILE
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -93,10 +91,9 @@ def mismatch(cell: Cell) -> str | None:
     wrong = audit.faults(header, kind, layers.places(source))
     if not wrong:
         return None
-    more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
     return (
-        f"`method.path={options['path']}` is no {kind.name}: {'; '.join(wrong[:_SHOWN])}{more}; "
-        "use another file, or `method.accept_fallback=true` to measure it as it is"
+        f"`method.path={options['path']}` is no {kind.name}: {phrases.first(wrong)}; use another "
+        "file, or `method.accept_fallback=true` to measure it as it is"
     )
 
 
@@ -147,42 +144,22 @@ def quantize(cell: Cell, source: Path, out: Path) -> Built:
 
 
 def _verdicts(file: Path, source: Path) -> tuple[Check, ...]:
-    """Shapes, constants, vocabulary and tokenizer against the base."""
+    """Tensors, constants, vocabulary and tokenizer against the base."""
     from qgrid.gguf import parity
 
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    shapes = base_tensors.check_shapes(file, source)
+    if not shapes.ok:
+        return (shapes,)
     found = (
-        check_shapes(inspection.read_header(file), source),
-        check_constants(gguf_file.read(file), config),
+        shapes,
+        base_tensors.check_weights(file, source),
+        check_constants(file, source),
         parity.check_vocabulary(file, source),
     )
     if not all(check.ok for check in found):
         return found
     encoding = [replace(c, name=f"gguf_{c.name}") for c in parity.check_tokenizer(file, source)]
     return (*found, *encoding, parity.check_chat_template(file, source))
-
-
-def check_shapes(stored: Mapping[str, tuple[Tensor, int]], source: Path) -> Check:
-    """Every linear layer of the base is in the file in its shape, and no further layer."""
-    linears = inspection.decoder_linears(inspection.read_headers(source))
-    names = layers.places(source)
-    wrong = []
-    for module, shape in linears.items():
-        tensor = stored.get(names.get(module, ""))
-        if tensor is None or tensor[0].shape != shape:
-            found = "missing" if tensor is None else f"{_times(tensor[0].shape)}"
-            wrong.append(f"{module} is {found}, not {_times(shape)}")
-    known = {name.rpartition(".")[0] for name in names.values()}
-    blocks = {name.split(".")[1] for name in known}
-    beyond = {n.split(".")[1] for n in stored if n.startswith("blk.")} - blocks
-    wrong += [f"layer {number} is not in the base" for number in sorted(beyond)]
-    more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-    actual = "; ".join(wrong[:_SHOWN]) + more if wrong else f"{len(linears)} layers alike"
-    return Check("shapes", not wrong, "the linear layers of the base model", actual)
-
-
-def _times(shape: Sequence[int]) -> str:
-    return " x ".join(str(size) for size in shape)
 
 
 # --- where the file is ---------------------------------------------------------------------------

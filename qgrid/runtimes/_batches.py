@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+CHUNK_ROWS = 512  # the contract: no more rows in one `Scores`
 MIN_SHARED = 8  # shorter common beginnings are not worth a second forward pass
 
 
@@ -111,3 +112,32 @@ def _cost(batch: Sequence[Family]) -> int:
     members = [member for family in batch for member in family.members]
     tail = max(len(m.ids) - 1 - len(f.stem) for f in batch for m in f.members)
     return (stem * len(batch) if stem else 0) + tail * len(members)
+
+
+def runs(requests: Sequence[Request]) -> Iterator[list[Request]]:
+    """Long requests alone, the short ones between them together."""
+    run: list[Request] = []
+    for request in requests:
+        if request.keep > CHUNK_ROWS:
+            if run:
+                yield run
+            yield [request]
+            run = []
+        else:
+            run.append(request)
+    if run:
+        yield run
+
+
+def require_rows(request: Request, lead: int) -> None:
+    """Refuse a request for more rows than it has tokens with one before them.
+
+    Raises:
+        ValueError: the request, and what is allowed.
+    """
+    longest = len(request.ids) - max(lead, 1)
+    if not 1 <= request.keep <= longest:
+        raise ValueError(
+            f"`keep={request.keep}` of sequence {request.index} should be between 1 and {longest}: "
+            "a row needs a token before it"
+        )

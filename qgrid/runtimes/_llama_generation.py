@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qgrid.contracts import Generation
-from qgrid.runtimes import _llama_log as log
+from qgrid.gguf import log
 from qgrid.runtimes._llama_model import Context
 from qgrid.runtimes._llama_pieces import Piece
 

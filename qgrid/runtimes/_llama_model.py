@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid.runtimes import _llama_log as log
-from qgrid.runtimes._llama_log import ContextFigures, ModelFigures
+from qgrid.gguf import log
+from qgrid.runtimes import _llama_figures as figures
+from qgrid.runtimes._llama_figures import ContextFigures, ModelFigures
 from qgrid.runtimes._llama_pieces import Piece
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Model:
             if not self.pointer:
                 raise said.error(f"load {file.name}")
         self._free = weakref.finalize(self, _quietly, llama_cpp.llama_model_free, self.pointer)
-        self.figures: ModelFigures = log.model_figures(said.texts)
+        self.figures: ModelFigures = figures.model_figures(said.lines)
         self.vocab: int = llama_cpp.llama_vocab_n_tokens(
             llama_cpp.llama_model_get_vocab(self.pointer)
         )
@@ -111,13 +112,14 @@ def _model_params(placement: Placement) -> Any:
 class Context:
     """A KV cache and what computing with it needs.
 
-    Every method belongs inside `_llama_log.captured()`: a failure tells what was logged.
+    Every method belongs inside `log.captured()`: a failure tells what was logged.
     """
 
     def __init__(self, model: Model, settings: Settings, room: Room) -> None:
         import llama_cpp
 
         self.room = room
+        self._library: Any = llama_cpp  # an import would cost a thousandth of a small model's step
         self._model = model  # freed after its contexts
         with log.captured() as said:
             params = _context_params(settings, room)
@@ -125,10 +127,11 @@ class Context:
             if not self._pointer:
                 raise said.error(f"make a context of {room.places} x {room.cells} tokens")
         self._free = weakref.finalize(self, _quietly, llama_cpp.llama_free, self._pointer)
-        self.figures: ContextFigures = log.context_figures(said.texts)
+        self.figures: ContextFigures = figures.context_figures(said.lines)
         self.batch: int = llama_cpp.llama_n_batch(self._pointer)
         self._memory = llama_cpp.llama_get_memory(self._pointer)
         self._tokens = _Tokens(self.batch, room.places)
+        self._nothing = _nothing(model.vocab)
         self._view: tuple[tuple[int, int], Rows] | None = None
 
     def decode(self, pieces: Sequence[Piece]) -> Rows:
@@ -139,64 +142,56 @@ class Context:
         Raises:
             LlamaError, MemoryError: the library could not compute them.
         """
-        import llama_cpp
-
         count = self._tokens.fill(pieces)
-        code = llama_cpp.llama_decode(self._pointer, self._tokens.struct)
+        code = self._library.llama_decode(self._pointer, self._tokens.struct)
         if code:
             raise log.error(f"compute {self._tokens.struct.n_tokens} tokens (code {code})")
-        llama_cpp.llama_synchronize(self._pointer)
+        self._library.llama_synchronize(self._pointer)
         return self._rows(count)
 
     def _rows(self, count: int) -> Rows:
-        import llama_cpp
-        import numpy as np
-
         if not count:
-            return np.empty((0, self._model.vocab), dtype=np.float32)
-        found = llama_cpp.llama_get_logits(self._pointer)
+            return self._nothing
+        found = self._library.llama_get_logits(self._pointer)
         if not found:
             raise log.error("give the logits that it computed")
         key = (ctypes.addressof(found.contents), count)
         if self._view is None or self._view[0] != key:
-            shape = (count, self._model.vocab)
-            self._view = (key, np.ctypeslib.as_array(found, shape))
+            self._view = (key, _array(found, (count, self._model.vocab)))
         return self._view[1]
 
     def clear(self) -> None:
         """Forget all sequences."""
-        import llama_cpp
-
-        llama_cpp.llama_memory_clear(self._memory, False)
+        self._library.llama_memory_clear(self._memory, False)
 
     def copy(self, source: int, target: int) -> None:
         """Make the sequence in `target` begin as that in `source` does now."""
-        import llama_cpp
-
-        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        self._library.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
     def forget(self, place: int) -> None:
         """Forget the sequence in `place`."""
-        import llama_cpp
-
-        llama_cpp.llama_memory_seq_rm(self._memory, place, -1, -1)
+        self._library.llama_memory_seq_rm(self._memory, place, -1, -1)
 
     def threads(self) -> tuple[int, int]:
         """Threads for one token at a time, and for more."""
-        import llama_cpp
-
-        single = llama_cpp.llama_n_threads(self._pointer)
-        return single, llama_cpp.llama_n_threads_batch(self._pointer)
-
-    def ubatch(self) -> int:
-        """Tokens that are computed at once."""
-        import llama_cpp
-
-        return int(llama_cpp.llama_n_ubatch(self._pointer))
+        single = self._library.llama_n_threads(self._pointer)
+        return single, self._library.llama_n_threads_batch(self._pointer)
 
     def close(self) -> None:
         """Free the cache."""
         self._free()
+
+
+def _nothing(vocab: int) -> Rows:
+    import numpy as np
+
+    return np.empty((0, vocab), dtype=np.float32)
+
+
+def _array(found: Any, shape: tuple[int, int]) -> Rows:
+    import numpy as np
+
+    return np.ctypeslib.as_array(found, shape)
 
 
 def _context_params(settings: Settings, room: Room) -> Any:
@@ -252,15 +247,23 @@ class _Tokens:
         end = rows = 0
         for piece in pieces:
             begin, end = end, end + len(piece.ids)
-            self._ids[begin:end] = piece.ids
-            self._positions[begin:end] = self._numbers[: end - begin] + piece.start
-            self._counts[begin:end] = len(piece.places)
-            self._places[begin:end, : len(piece.places)] = piece.places
-            self._wanted[begin:end] = 0
-            self._wanted[end - piece.rows : end] = 1
+            if len(piece.ids) == len(piece.places) == 1:  # a slice would take longer
+                self._ids[begin], self._positions[begin] = piece.ids[0], piece.start
+                self._counts[begin], self._places[begin, 0] = 1, piece.places[0]
+                self._wanted[begin] = piece.rows
+            else:
+                self._write(piece, begin, end)
             rows += piece.rows
         self.struct.n_tokens = end
         return rows
+
+    def _write(self, piece: Piece, begin: int, end: int) -> None:
+        self._ids[begin:end] = piece.ids
+        self._positions[begin:end] = self._numbers[: end - begin] + piece.start
+        self._counts[begin:end] = len(piece.places)
+        self._places[begin:end, : len(piece.places)] = piece.places
+        self._wanted[begin:end] = 0
+        self._wanted[end - piece.rows : end] = 1
 
 
 def _pointer(array: npt.NDArray[Any], kind: Any) -> Any:

@@ -6,11 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qgrid.contracts import Scores
-from qgrid.runtimes import _llama_log as log
-from qgrid.runtimes._batches import Family, Request, families, within_rows
+from qgrid.gguf import log
+from qgrid.runtimes._batches import (
+    CHUNK_ROWS,
+    Family,
+    Request,
+    families,
+    require_rows,
+    runs,
+    within_rows,
+)
 from qgrid.runtimes._llama_model import Context, Room
 from qgrid.runtimes._llama_pieces import Piece, passes
-from qgrid.runtimes._scoring import CHUNK_ROWS, _check, _runs
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +59,7 @@ class Scorer:
             for i, (ids, count) in enumerate(zip(sequences, keep, strict=True))
         ]
         for request in requests:
-            _check(request, len(lead))
+            require_rows(request, len(lead))
         packs = list(self._packs(requests))
         longest = max((sum(family.tokens for family in pack) for pack in packs), default=0)
         room = Room(self._places + 1, len(head) + longest, shared=True, outputs=CHUNK_ROWS)
@@ -70,7 +77,7 @@ class Scorer:
 
     def _packs(self, requests: Sequence[Request]) -> Iterator[list[Family]]:
         """Families that are computed together, in the order of their requests."""
-        for run in _runs(requests):
+        for run in runs(requests):
             if run[0].keep > CHUNK_ROWS:
                 yield [Family((), (run[0],))]
                 continue

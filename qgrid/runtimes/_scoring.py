@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from qgrid.contracts import Scores
 from qgrid.runtimes._batches import (
+    CHUNK_ROWS,
     Family,
     Request,
     batches,
     common_length,
     families,
+    require_rows,
+    runs,
     within_rows,
 )
 
 if TYPE_CHECKING:
     import torch
 
-CHUNK_ROWS = 512  # the contract: no more rows in one `Scores`
 PREFILL_TOKENS = 4096
 MIN_PREFIX = 64  # a shorter beginning is not worth a forward pass of its own
 GROUP_BYTES = 256 * 2**20  # log-probabilities that wait for their turn
@@ -67,9 +69,9 @@ class Scorer:
             for i, (ids, count) in enumerate(zip(sequences, keep, strict=True))
         ]
         for request in requests:
-            _check(request, len(lead))
+            require_rows(request, len(lead))
         root = self._read(head) if head else None
-        for group in _runs(requests):
+        for group in runs(requests):
             if group[0].keep > CHUNK_ROWS:
                 yield from self._long(group[0], root, len(lead))
             else:
@@ -207,27 +209,3 @@ def _normalized(logits: torch.Tensor) -> torch.Tensor:
 
     with torch.inference_mode():
         return torch.log_softmax(logits.float(), dim=-1)
-
-
-def _runs(requests: Sequence[Request]) -> Iterator[list[Request]]:
-    """Long requests alone, the short ones between them together."""
-    run: list[Request] = []
-    for request in requests:
-        if request.keep > CHUNK_ROWS:
-            if run:
-                yield run
-            yield [request]
-            run = []
-        else:
-            run.append(request)
-    if run:
-        yield run
-
-
-def _check(request: Request, lead: int) -> None:
-    longest = len(request.ids) - max(lead, 1)
-    if not 1 <= request.keep <= longest:
-        raise ValueError(
-            f"`keep={request.keep}` of sequence {request.index} should be between 1 and {longest}: "
-            "a row needs a token before it"
-        )

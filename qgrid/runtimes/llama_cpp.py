@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import NonNegativeInt, PositiveInt
 
 from qgrid.contracts import Generation, InvalidEngine, Memory, Scores
+from qgrid.device import compute_threads
 from qgrid.runtimes import _llama_facts
-from qgrid.runtimes import _llama_log as log
+from qgrid.runtimes._llama_figures import ModelFigures
 from qgrid.runtimes._llama_generation import Batcher
 from qgrid.runtimes._llama_model import Context, Model, Placement, Room, Settings
 from qgrid.runtimes._llama_scoring import Scorer
-from qgrid.runtimes.transformers import _threads
 from qgrid.types import Check, RuntimeSupport
 
 if TYPE_CHECKING:
@@ -48,8 +48,9 @@ LOADS = RuntimeSupport(
     baseline="gguf",
     dtypes=("float32",),
 )
-_MIB_ROUNDING = 2 * 0.005 * 2**20  # the log gives keys and values to 0.01 MiB
+_MIB_ROUNDING = 0.01 * 2**20  # of sizes in the log
 _MAX_PLACES = 256  # sequences that the library takes at once
+_OUTPUT_BYTES = 16 * 2**20  # logits that one pass of generation may set aside
 _LEAST_TOKENS = 16  # of a pass: it has to hold one of each sequence
 
 
@@ -97,14 +98,14 @@ class LlamaCpp:
         self._options = Options(**cell.runtime.options)
         self._kv = KV_TYPES[cell.kv_cache.name]
         self._settings = Settings(
-            threads=_threads(cell.runtime.threads),
+            threads=compute_threads(cell.runtime.threads),
             batch=self._options.batch,
             ubatch=self._options.ubatch,
             flash_attention=self._options.flash_attention,
             kv_type=self._kv.number,
         )
         self._contexts: dict[bool, Context] = {}
-        self._latest = self._context(Room(places=1, cells=1, shared=False, outputs=1))
+        self._latest = self._context(self._room(places=1, cells=1))
         self._scorer = Scorer(
             self._context, self._options.ubatch, model.vocab, self._settings.threads
         )
@@ -123,7 +124,7 @@ class LlamaCpp:
             return [Generation((), ()) for _ in prompts]
         longest = max(len(prompt) for prompt in prompts) + max_new_tokens
         places = min(len(prompts), _MAX_PLACES, self._options.ubatch)
-        context = self._context(Room(places, longest, shared=False, outputs=places))
+        context = self._context(self._room(places, longest))
         return Batcher(context, places, max_new_tokens, frozenset(stop)).run(prompts)
 
     def memory(self) -> Memory:
@@ -141,7 +142,7 @@ class LlamaCpp:
         single, many = self._latest.threads()
         return {
             "device": next(iter(loaded.devices.values()), "cpu") if loaded.offloaded else "cpu",
-            "device_kind": "cuda" if loaded.offloaded else "cpu",
+            "device_kind": _kind(loaded),
             "kernels": dict(self.kernels()),
             "stores_in": dict(_llama_facts.linears(self._header)),
             "tensor_types": self._header.histogram(),
@@ -192,6 +193,11 @@ class LlamaCpp:
             context.close()
         self._contexts.clear()
         self._model.close()
+
+    def _room(self, places: int, cells: int) -> Room:
+        """Of a context for generation; the library's own default would set aside every row."""
+        rows = min(self._options.ubatch, _OUTPUT_BYTES // (4 * self._model.vocab))
+        return Room(places, cells, shared=False, outputs=max(places, rows))
 
     def _context(self, room: Room) -> Context:
         """The context of this kind where it holds enough, else a new one in its place."""
@@ -245,7 +251,13 @@ def load(artifact: Path, cell: Cell, dtype: str) -> LlamaCpp:
     return LlamaCpp(model, header, cell)
 
 
-def _gpu_check(cell: Cell, asked: int | None, figures: log.ModelFigures) -> Check:
+def _kind(figures: ModelFigures) -> str:
+    """`cpu`, or what the library calls its GPUs without their number: `cuda`, `metal`, `vulkan`."""
+    name = next(iter(figures.devices), "") if figures.offloaded else ""
+    return name.rstrip("0123456789").lower() or "cpu"
+
+
+def _gpu_check(cell: Cell, asked: int | None, figures: ModelFigures) -> Check:
     """Layers on a GPU; the library counts the output head as one."""
     everything = figures.layers + 1
     if asked is None:

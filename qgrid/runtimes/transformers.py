@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qgrid.contracts import Generation, InvalidEngine, Memory, Scores
+from qgrid.device import compute_threads
 from qgrid.runtimes import _storage
 from qgrid.runtimes._scoring import Scorer, slides
 from qgrid.types import RuntimeSupport
@@ -152,7 +153,7 @@ def load(artifact: Path, cell: Cell, dtype: str) -> Transformers:
     _quiet()
     _require_device(cell)
     if cell.gpu.kind == "cpu":
-        torch.set_num_threads(_threads(cell.runtime.threads))
+        torch.set_num_threads(compute_threads(cell.runtime.threads))
     model = AutoModelForCausalLM.from_pretrained(
         artifact,
         dtype=getattr(torch, dtype),
@@ -254,18 +255,6 @@ def _probe_cache(model: Any) -> tuple[str, int]:
     held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     total = sum(tensor.numel() * tensor.element_size() for tensor in held)
     return str(held[0].dtype).removeprefix("torch."), total // length
-
-
-def _threads(wanted: int | None) -> int:
-    import os
-
-    import psutil
-
-    if wanted is not None:
-        return wanted
-    physical = psutil.cpu_count(logical=False)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return max(1, min(physical, usable) if physical else usable)
 
 
 def _device_name(device: torch.device) -> str:

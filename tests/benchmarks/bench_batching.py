@@ -68,7 +68,7 @@ def main() -> None:
     shape = random_gguf.LARGE
     with tempfile.TemporaryDirectory() as folder:
         plain, packed = Path(folder) / "F16.gguf", Path(folder) / "Q4_K_M.gguf"
-        random_gguf.write(plain, shape, scale=0.05, table=0.3)
+        random_gguf.write(plain, shape, scale=0.03, table=0.3, head=True)
         random_gguf.quantize(plain, packed, random_gguf.Q4_K_M, given.threads)
         for file in (plain, packed):
             print(f"{file.stem}, {given.threads} threads (wanted: {WANTED[file.stem]})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 
@@ -136,6 +137,53 @@ def test_unknown_tensor_type_is_named(tmp_path: Path) -> None:
     (tmp_path / "keys.gguf").write_bytes(data)
     with pytest.raises(TornFile, match="tensor cube has the unknown GGUF type 777"):
         file.read(tmp_path / "keys.gguf")
+
+
+@pytest.mark.parametrize("alignment", [0, 24, "32"])
+def test_alignment_that_is_no_power_of_two_is_named(alignment: int | str, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "keys.gguf", "llama")
+    add = writer.add_string if isinstance(alignment, str) else writer.add_uint32
+    add("general.alignment", alignment)
+    writer.add_tensor("vector", np.zeros(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(TornFile, match=r"`general\.alignment` is '?(0|24|32)"):
+        file.read(tmp_path / "keys.gguf")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            b"blk.1.attn_q.weight",
+            b"blk.0.attn_q.weight",
+            "tensor `blk.0.attn_q.weight` comes twice",
+        ),
+        (b"general.file_type", b"llama.block_count", "key `llama.block_count` comes twice"),
+    ],
+)
+def test_two_of_one_name_are_refused(
+    old: bytes, new: bytes, message: str, quantized: Path, tmp_path: Path
+) -> None:
+    """llama.cpp refuses such a file; here one would hide the other."""
+    data = quantized.read_bytes()
+    assert data.count(old) == 1
+    assert len(old) == len(new)
+    (tmp_path / "twice.gguf").write_bytes(data.replace(old, new))
+    with pytest.raises(TornFile, match=re.escape(message)):
+        file.read(tmp_path / "twice.gguf")
+
+
+def test_tensors_that_share_bytes_are_refused(quantized: Path, tmp_path: Path) -> None:
+    data = bytearray(quantized.read_bytes())
+    name = b"blk.1.attn_q.weight"
+    place = data.index(name) + len(name) + 4 + 2 * 8 + 4
+    data[place : place + 8] = struct.pack("<Q", 0)
+    (tmp_path / "shared.gguf").write_bytes(data)
+    with pytest.raises(TornFile, match=r"tensor blk\.1\.attn_q\.weight begins at byte"):
+        file.read(tmp_path / "shared.gguf")
 
 
 def test_histogram_counts_tensors(quantized: Path) -> None:

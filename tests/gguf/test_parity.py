@@ -11,14 +11,13 @@ from typing import Any
 
 import psutil
 import pytest
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGUFReader
 
 from qgrid import demo
 from qgrid.gguf import _library, _probes, convert, log, parity
 from qgrid.types import Check
 from tests.gguf import checkpoints
-
-Keys = dict[str, Any]
+from tests.gguf.rewriting import Keys, rewritten, set_key
 
 
 @pytest.fixture(scope="module")
@@ -37,28 +36,6 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoints.model(folder, "LlamaForCausalLM")
     convert.convert(folder, folder / "model.gguf", "F16")
     return folder
-
-
-def rewritten(file: Path, out: Path, change: Callable[[Keys], Any]) -> Path:
-    """The same file with other metadata."""
-    reader = GGUFReader(file)
-    keys = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    values = {name: field.contents() for name, field in keys.items()}
-    change(values)
-    writer = GGUFWriter(out, values["general.architecture"])
-    for name, value in values.items():
-        kinds = keys[name].types if name in keys else []
-        if name != "general.architecture" and value is not None:
-            sub = kinds[1] if len(kinds) > 1 else None
-            writer.add_key_value(name, value, kinds[0], sub_type=sub)
-    for tensor in reader.tensors:
-        kind = GGMLQuantizationType(tensor.tensor_type)
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
 
 
 def named(checks: tuple[Check, ...]) -> dict[str, Check]:
@@ -122,10 +99,6 @@ def test_probes_are_many_and_of_every_kind() -> None:
     assert _probes.strings_with(()) == ()
 
 
-def set_key(name: str, value: Any) -> Callable[[Keys], Any]:
-    return lambda keys: keys.update({f"tokenizer.{name}": value})
-
-
 def swap_tokens(keys: Keys) -> None:
     tokens = keys["tokenizer.ggml.tokens"]
     tokens[400], tokens[401] = tokens[401], tokens[400]
@@ -141,13 +114,25 @@ def plain_special(keys: Keys) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Keys], Any], str, str | None]] = {
-    "pre": (set_key("ggml.pre", "smollm"), "pre-tokenizer smollm instead of qwen2", "tokenizer"),
+    "pre": (
+        set_key("tokenizer.ggml.pre", "smollm"),
+        "pre-tokenizer smollm instead of qwen2",
+        "tokenizer",
+    ),
     "tokens": (swap_tokens, "another token at 400", "tokenizer"),
     "merges": (swap_merges, "another merge at 17", None),
     "types": (plain_special, "type of token 1533 ('<|user|>')", "tokenizer_special"),
-    "eos": (set_key("ggml.eos_token_id", 3), "eos token 3 instead of 1535", "tokenizer_boundaries"),
-    "eos added": (set_key("ggml.add_eos_token", True), "add_eos_token True", "tokenizer"),
-    "model": (set_key("ggml.model", "llama"), "tokenizer model llama instead of gpt2", None),
+    "eos": (
+        set_key("tokenizer.ggml.eos_token_id", 3),
+        "eos token 3 instead of 1535",
+        "tokenizer_boundaries",
+    ),
+    "eos added": (set_key("tokenizer.ggml.add_eos_token", True), "add_eos_token True", "tokenizer"),
+    "model": (
+        set_key("tokenizer.ggml.model", "llama"),
+        "tokenizer model llama instead of gpt2",
+        None,
+    ),
 }
 
 
@@ -165,14 +150,14 @@ def test_each_fault_is_found_and_named(tiny: Path, fault: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("alias", ["deepseek-r1-qwen", "megrez"])
 def test_names_for_the_same_splitting_are_equal(tiny: Path, alias: str, tmp_path: Path) -> None:
-    file = rewritten(tiny, tmp_path / "model.gguf", set_key("ggml.pre", alias))
+    file = rewritten(tiny, tmp_path / "model.gguf", set_key("tokenizer.ggml.pre", alias))
     assert parity.check_vocabulary(file, demo.MODEL_DIR).ok
     assert named(parity.check_tokenizer(file, demo.MODEL_DIR))["tokenizer"].ok
 
 
 def test_another_chat_template_is_not_fatal(tiny: Path, tmp_path: Path) -> None:
-    other = rewritten(tiny, tmp_path / "other.gguf", set_key("chat_template", "{{ 1 }}"))
-    none = rewritten(tiny, tmp_path / "none.gguf", set_key("chat_template", None))
+    other = rewritten(tiny, tmp_path / "other.gguf", set_key("tokenizer.chat_template", "{{ 1 }}"))
+    none = rewritten(tiny, tmp_path / "none.gguf", set_key("tokenizer.chat_template", None))
     checks = [parity.check_chat_template(file, demo.MODEL_DIR) for file in (other, none)]
     assert [(check.ok, check.fatal, check.actual) for check in checks] == [
         (False, False, "another one"),
@@ -198,11 +183,11 @@ def test_pieces_are_compared_by_the_order_of_scores(pieces: Path, tmp_path: Path
 def test_bos_by_default_and_by_key(pieces: Path, tmp_path: Path) -> None:
     """A file without the key gets llama.cpp's default, which is BOS for pieces."""
     silent = rewritten(
-        pieces / "model.gguf", tmp_path / "a.gguf", set_key("ggml.add_bos_token", None)
+        pieces / "model.gguf", tmp_path / "a.gguf", set_key("tokenizer.ggml.add_bos_token", None)
     )
     assert parity.check_vocabulary(silent, pieces).ok
     without = rewritten(
-        pieces / "model.gguf", tmp_path / "b.gguf", set_key("ggml.add_bos_token", False)
+        pieces / "model.gguf", tmp_path / "b.gguf", set_key("tokenizer.ggml.add_bos_token", False)
     )
     assert "add_bos_token False" in parity.check_vocabulary(without, pieces).actual
     assert not named(parity.check_tokenizer(without, pieces))["tokenizer_boundaries"].ok

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qgrid.runtimes import _llama_log as log
+from qgrid.gguf import log
 from qgrid.runtimes._llama_model import Room
 from qgrid.runtimes._llama_pieces import Piece
 from qgrid.runtimes.llama_cpp import LlamaCpp

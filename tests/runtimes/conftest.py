@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qgrid import registry
-from qgrid.types import Cell, Method
+from qgrid.types import Cell, Method, Runtime
 from tests.runtimes.passes import Ids, some_ids
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -46,3 +46,24 @@ def sequences() -> list[Ids]:
     short = [some_ids(rng, rng.randrange(2, 60)) for _ in range(20)]
     choices = [prompt + some_ids(rng, count) for count in (1, 3, 2)]
     return [*short, *choices, some_ids(rng, 1300), some_ids(rng, 7)]
+
+
+LLAMA_CPP: dict[str, Any] = {
+    "gpu_layers": None,
+    "flash_attention": True,
+    "batch": 2048,
+    "ubatch": 512,
+    "mmap": False,
+    "repack": True,
+}
+
+
+@pytest.fixture(scope="session")
+def llama_cell(make_cell: Callable[..., Cell]) -> Callable[..., Cell]:
+    """Build a cell of the llama.cpp runtime: `llama_cell({"batch": 64}, bits=4)`."""
+
+    def make(options: dict[str, Any] | None = None, **changes: Any) -> Cell:
+        own = Runtime("llama_cpp", "float32", "float32", 1, LLAMA_CPP | (options or {}))
+        return make_cell(**({"runtime": own, "method": Method("gguf", {})} | changes))
+
+    return make

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qgrid.runtimes import transformers as runtime
-from qgrid.runtimes._scoring import CHUNK_ROWS
+from qgrid.runtimes._batches import CHUNK_ROWS
 
 Ids = list[int]
 

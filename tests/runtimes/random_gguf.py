@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from qgrid.runtimes import _llama_log as log
+from qgrid.gguf import log
 
 F16, Q4_0, Q8_0, Q4_K_M = 1, 2, 7, 15  # llama.cpp's numbers of file types
 
@@ -46,9 +46,14 @@ LARGE = Shape(hidden=1024, intermediate=2816, layers=12, heads=16, vocab=8192)  
 
 
 def write(
-    path: Path, shape: Shape, seed: int = 0, scale: float = 0.08, table: float = 0.08
+    path: Path,
+    shape: Shape,
+    seed: int = 0,
+    scale: float = 0.08,
+    table: float = 0.08,
+    head: bool = False,
 ) -> None:
-    """Write an F16 file with tied embeddings.
+    """Write an F16 file with tied embeddings, or with a `head` of its own.
 
     `scale` and `table` are the standard deviations of the blocks' matrices and of the embedding:
     the wider the table, the more decided the predictions; the wider the blocks, the more a small
@@ -75,6 +80,8 @@ def write(
     writer.add_file_type(F16)
     writer.add_tokenizer_model("none")
     writer.add_tensor("token_embd.weight", matrix(shape.vocab, shape.hidden, table))
+    if head:
+        writer.add_tensor("output.weight", matrix(shape.vocab, shape.hidden, table))
     writer.add_tensor("output_norm.weight", np.ones(shape.hidden, dtype=np.float32))
     width = shape.kv_heads * shape.head_dim
     sizes = {

@@ -16,37 +16,18 @@ from transformers import AutoModelForCausalLM
 
 from qgrid.contracts import Generation
 from qgrid.gguf import convert
-from qgrid.runtimes import _llama_log
+from qgrid.gguf.log import Log
 from qgrid.runtimes import llama_cpp as runtime
 from qgrid.runtimes._llama_pieces import Piece, passes
-from qgrid.types import Cell, Method, Runtime
+from qgrid.types import Cell
 from tests.runtimes import random_gguf
 from tests.runtimes.batching import decoded, divergence
 from tests.runtimes.passes import Ids, distance, plain, some_ids
 
-OPTIONS: dict[str, Any] = {
-    "gpu_layers": None,
-    "flash_attention": True,
-    "batch": 2048,
-    "ubatch": 512,
-    "mmap": False,
-    "repack": True,
-}
 FAR = 0.1  # nats: the cache holds 16-bit keys and values; a wrong position or mask costs whole nats
 NEAR_TIE = 0.05  # nats between the two best tokens, where rounding may decide
 
 MakeCell = Callable[..., Cell]
-
-
-@pytest.fixture(scope="module")
-def llama_cell(make_cell: MakeCell) -> MakeCell:
-    """Build a cell of this runtime: `llama_cell(bits=4, options={"batch": 64})`."""
-
-    def make(options: dict[str, Any] | None = None, **changes: Any) -> Cell:
-        own = Runtime("llama_cpp", "float32", "float32", 1, OPTIONS | (options or {}))
-        return make_cell(**({"runtime": own, "method": Method("gguf", {})} | changes))
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -326,19 +307,19 @@ def test_the_log_is_captured_and_given_back(
 
 
 def test_messages_in_parts_are_joined() -> None:
-    log = _llama_log.Log()
-    for level, text in [(1, "loading "), (5, "."), (4, "noise "), (5, "more"), (3, "no file\n")]:
+    log = Log()
+    for level, text in [(2, "loading "), (5, ".\n"), (1, "noise "), (5, "more"), (4, "no file\n")]:
         log.add(level, text)
-    assert log.texts == ["loading .", "no file"]
+    assert log.lines == ["loading .", "no file"]
     assert log.problems() == "no file"
     assert str(log.error("load x")) == "llama.cpp cannot load x: no file"
-    log.add(3, "unable to allocate CPU buffer\n")
+    log.add(4, "unable to allocate CPU buffer\n")
     assert isinstance(log.error("load x"), MemoryError)
 
 
 def test_options_of_the_shipped_yaml(compose: Any, llama_cell: MakeCell) -> None:
     found = compose(["runtime=llama_cpp"]).values["runtime"]
     own = {field.name for field in dataclasses.fields(runtime.Options)}
-    assert {key: found[key] for key in own} == OPTIONS
+    assert {key: found[key] for key in own} == llama_cell().runtime.options
     assert found["dtype"] == found["speed_dtype"] == "float32"
     assert runtime.refusal(llama_cell()) is None

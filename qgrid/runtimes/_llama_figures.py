@@ -1,101 +1,21 @@
-"""What llama.cpp says: its log captured instead of printed, and the figures that are in it."""
+"""Figures of a model and of a context, which llama.cpp tells in its log alone."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-_WARNING, _ERROR, _DEBUG, _CONTINUED = 2, 3, 4, 5  # `ggml_log_level`
+from qgrid.gguf.log import LlamaError
+
 _MIB = 2**20
-_OUT_OF_MEMORY = re.compile(r"(failed|unable) to allocate|out of memory", re.IGNORECASE)
 _BUFFER = re.compile(r": +(\S+) (model|KV|compute|output) buffer size = +([\d.]+) MiB")
-_KV = re.compile(r"\( *(\d+) cells,.*/(\d+) seqs\), K \((\w+)\): +([\d.]+).*V \((\w+)\): +([\d.]+)")
+_KV = re.compile(r"\( *(\d+) cells,.*/(\d+) seqs\), K \((\w+)\):.*V \((\w+)\):")
 _WIDTH = re.compile(r"n_embd_([kv])_gqa +=\s+(.+)$")
 _LAYERS = re.compile(r" n_layer +=\s+(\d+)")
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers")
 _DEVICE = re.compile(r"using device (\S+) \((.+?)\) \(")
 _FLASH = re.compile(r"flash_attn +=\s+(\w+)|Flash Attention (enabled)|Flash Attention (not supp)")
-
-
-class LlamaError(RuntimeError):
-    """llama.cpp failed; the message says at what, and what it logged."""
-
-
-@dataclass
-class Log:
-    """Warnings, errors and figures of one or more calls; debug lines are left out."""
-
-    lines: list[tuple[int, str]] = field(default_factory=list)
-    _keeps: bool = True
-
-    def add(self, level: int, text: str) -> None:
-        """Keep one message, or the rest of the one before."""
-        if level != _CONTINUED:
-            self._keeps = level != _DEBUG
-        if not self._keeps:
-            return
-        if level == _CONTINUED and self.lines:
-            first, begun = self.lines[-1]
-            self.lines[-1] = (first, begun + text)
-        else:
-            self.lines.append((level, text))
-
-    @property
-    def texts(self) -> list[str]:
-        """The messages without their levels."""
-        return [text.rstrip("\n") for _, text in self.lines]
-
-    def problems(self) -> str:
-        """Warnings and errors in one line; empty where there are none."""
-        found = [text.strip() for level, text in self.lines if level in {_WARNING, _ERROR}]
-        return "; ".join(dict.fromkeys(found))
-
-    def error(self, what: str) -> Exception:
-        """The exception for a failed call: a `MemoryError` where memory was refused."""
-        why = self.problems() or "no reason given"
-        kind = MemoryError if _OUT_OF_MEMORY.search(why) else LlamaError
-        return kind(f"llama.cpp cannot {what}: {why}")
-
-
-_active: list[Log] = []  # the log that is being written is the last
-
-
-@functools.cache
-def _callback() -> Any:
-    """The C function that receives every message; kept for as long as the process lives."""
-    import llama_cpp
-
-    def receive(level: int, text: bytes, _: Any) -> None:
-        if _active:
-            _active[-1].add(level, text.decode("utf-8", "replace"))
-
-    return llama_cpp.llama_log_callback(receive)
-
-
-@contextmanager
-def captured() -> Iterator[Log]:
-    """Collect what the library logs inside the block; whoever received it before does so after."""
-    import llama_cpp
-
-    before, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
-    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(data))
-    llama_cpp.llama_log_set(_callback(), ctypes.c_void_p())
-    _active.append(Log())
-    try:
-        yield _active[-1]
-    finally:
-        _active.pop()
-        llama_cpp.llama_log_set(before, data)
-
-
-def error(what: str) -> Exception:
-    """The exception for a C call that failed inside `captured()`."""
-    return _active[-1].error(what)
 
 
 @dataclass(frozen=True)
@@ -145,9 +65,9 @@ def model_figures(lines: Sequence[str]) -> ModelFigures:
 
 def context_figures(lines: Sequence[str]) -> ContextFigures:
     """The figures in the log of making a context."""
-    cells, streams, key_type, key_mib, value_type, value_mib = _only(_KV, lines)
+    cells, streams, key_type, value_type = _only(_KV, lines)
     return ContextFigures(
-        kv_bytes=round((float(key_mib) + float(value_mib)) * _MIB),
+        kv_bytes=sum(_buffers(lines, "KV").values()),
         compute_bytes=sum(_buffers(lines, "compute").values()),
         output_bytes=sum(_buffers(lines, "output").values()),
         cells=int(cells) * int(streams),
