@@ -12,13 +12,36 @@ from qgrid.gguf import file as gguf_file
 from qgrid.gguf.file import TornFile
 from qgrid.types import Tensor
 
-__all__ = ["TornFile", "is_gguf", "read_header", "read_headers", "weight_files"]
+__all__ = [
+    "TornFile",
+    "every_weight_file",
+    "is_gguf",
+    "read_header",
+    "read_headers",
+    "weight_files",
+]
 
+_SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder; where it has none, its GGUF files."""
+    """The weights that a folder is loaded from: safetensors; where it has none, its GGUF files.
+
+    Transformers' choice: some checkpoints hold a second copy in another layout.
+    """
+    every = every_weight_file(folder)
+    single, index = folder / _SINGLE, folder / f"{_SINGLE}.index.json"
+    if single in every:
+        return [single]
+    if index.is_file():
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [path for path in every if path.name in named]
+    return every
+
+
+def every_weight_file(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, read or not; where it has none, its GGUF files."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
 
 

@@ -14,7 +14,14 @@ from typing import Any
 
 from qgrid import models
 from qgrid.gguf import layers
-from qgrid.headers import TornFile, is_gguf, read_header, read_headers, weight_files
+from qgrid.headers import (
+    TornFile,
+    every_weight_file,
+    is_gguf,
+    read_header,
+    read_headers,
+    weight_files,
+)
 from qgrid.types import ModuleState, Tensor
 
 __all__ = [
@@ -23,6 +30,7 @@ __all__ = [
     "Contents",
     "TornFile",
     "decoder_linears",
+    "every_weight_file",
     "inspect",
     "is_decoder_linear",
     "is_gguf",

@@ -56,7 +56,7 @@ def check_files(folder: Path, manifest: Manifest, sha256: Callable[[Path], str])
             wrong.append(f"{name} has {path.stat().st_size} of {size} bytes")
         elif sha256(path) != manifest.files.get(name):
             wrong.append(f"{name} has another sha256")
-    extra = {path.name for path in inspection.weight_files(folder)} - manifest.files.keys()
+    extra = {path.name for path in inspection.every_weight_file(folder)} - manifest.files.keys()
     wrong += [f"{name} is not in the manifest" for name in sorted(extra)]
     return _check("files", wrong, f"{len(manifest.files)} files as when built")
 

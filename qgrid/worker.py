@@ -45,7 +45,10 @@ SETTINGS = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TQDM_DISABLE": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin at a barrier stop each other when it is busy
+    # Threads that spin long at a barrier stop each other on a busy machine; threads that sleep at
+    # once halve the speed of small steps. So: sleep, after some microseconds.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "5000",
 }
 
 

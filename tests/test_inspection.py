@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qgrid import inspection, models, verification
 from qgrid.gguf import convert, quantization
@@ -72,6 +73,22 @@ def test_safetensors_are_read_where_both_lie(stored: Path, tiny_random: Path) ->
     shutil.copyfile(stored / "model.gguf", both / "model.gguf")
     assert [path.name for path in inspection.weight_files(both)] == ["model.safetensors"]
     assert inspection.inspect(both).format == "safetensors-16bit"
+
+
+def test_second_copy_in_another_layout_is_not_counted(tiny_random: Path, tmp_path: Path) -> None:
+    """As Mistral publishes: the file that transformers does not read has the same weights again."""
+    folder = tmp_path / "source"
+    shutil.copytree(tiny_random, folder)
+    plain = inspection.inspect(folder)
+    tensors = load_file(folder / "model.safetensors")
+    copies = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(copies, folder / "consolidated.safetensors")
+    assert inspection.inspect(folder) == plain
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    weight_map = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+    index = {"weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert inspection.inspect(folder) == plain
 
 
 def test_whole_and_torn_files(stored: Path, tmp_path: Path) -> None:

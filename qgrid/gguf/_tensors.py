@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,19 +47,10 @@ def places(source: Path) -> dict[str, Place]:
     """Every stored tensor of a checkpoint by name."""
     return {
         name: Place(path, start, tensor)
-        for path in _files(source)
+        for path in headers.weight_files(source)
+        if path.suffix == ".safetensors"
         for name, (tensor, start) in headers.read_header(path).items()
     }
-
-
-def _files(source: Path) -> list[Path]:
-    """The files that transformers reads; some checkpoints hold a second copy in another layout."""
-    index = source / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return sorted(source / name for name in named if (source / name).is_file())
-    single = source / "model.safetensors"
-    return [single] if single.is_file() else sorted(source.glob("*.safetensors"))
 
 
 def refuse_other_tensors(decoder: Decoder, stored: Mapping[str, Place]) -> None:

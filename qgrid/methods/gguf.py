@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,12 +90,7 @@ def refusal(cell: Cell) -> str | None:
     if kind.needs_imatrix and not options["imatrix"]:
         return f"`method.type={kind.name}` needs an importance matrix; set `method.imatrix=true`"
     source = models.located(cell.model)
-    return None if source is None else _unconvertible(source)
-
-
-@cache
-def _unconvertible(source: Path) -> str | None:
-    return convert.refusal(source)
+    return None if source is None else convert.refusal(source)
 
 
 def mismatch(cell: Cell) -> str | None:
@@ -108,7 +102,6 @@ def mismatch(cell: Cell) -> str | None:
     return _misfit(source, options["type"], options["imatrix"])
 
 
-@cache
 def _misfit(source: Path, name: str, imatrix: bool) -> str | None:
     kind = FILE_TYPES[name]
     bad = audit.misfits(source, kind, imatrix)

@@ -70,13 +70,8 @@ def refusal(cell: Cell) -> str | None:
             "leave `bits` out"
         )
     source = models.located(cell.model)
-    return None if source is None else _unknown_base(source)
-
-
-@cache
-def _unknown_base(source: Path) -> str | None:
-    """Without the architecture there are no names to compare layer by layer."""
-    return convert.refusal(source)
+    # Without the architecture there are no names to compare layer by layer.
+    return None if source is None else convert.refusal(source)
 
 
 def mismatch(cell: Cell) -> str | None:
