@@ -45,17 +45,27 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment. On Debian: apt-get install python3-venv"; exit 2; }
 
+# Other CMAKE_ARGS than last time install another wheel; without any, that of last time stays.
+ifneq ($(CMAKE_ARGS),)
+.PHONY: always
+$(VENV)/cmake.txt: always | $(VENV)/bin/python
+	@echo '$(CMAKE_ARGS)' | cmp -s - $@ || echo '$(CMAKE_ARGS)' > $@
+$(VENV)/main.stamp: $(VENV)/cmake.txt
+endif
+
 # torch goes first: a later requirement must find it and not choose another build. Packages that come
 # as sources are built meanwhile, once for a machine (qgrid/envs/wheels.py); without a compiler what
 # needs them is `unsupported`, and the rest works.
 $(VENV)/main.stamp: $(LOCKS) pyproject.toml qgrid/envs/wheels.py | $(VENV)/bin/python
-	@$(BIN)/python -m qgrid.envs.wheels > $(VENV)/wheels.txt & \
+	@echo "installing into $(VENV): some minutes ..."
+	@CMAKE_ARGS="$$(cat $(VENV)/cmake.txt 2>/dev/null)" \
+		$(BIN)/python -m qgrid.envs.wheels > $(VENV)/wheels.txt & \
 	grep -v '^llama-cpp-python==' $(LOCKS) > $(VENV)/requirements.txt; \
 	$(BIN)/python -m pip install -q $(TORCH_ARGS) $$(grep '^torch==' $(LOCKS)) && \
 	$(BIN)/python -m pip install -q -r $(VENV)/requirements.txt && \
 	$(BIN)/python -m pip install -q --no-deps -e . ; \
 	status=$$?; wait; exit $$status
-	@while read -r folder; do $(BIN)/python -m pip install -q --no-deps "$$folder"/*.whl || exit 1; done < $(VENV)/wheels.txt
+	@while read -r folder; do $(BIN)/python -m pip install -q --no-deps --force-reinstall "$$folder"/*.whl || exit 1; done < $(VENV)/wheels.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/main.stamp $(DEV_LOCK)

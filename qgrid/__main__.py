@@ -24,7 +24,7 @@ qgrid measures quantized language models: which one do you ship?
 A key with several values makes a grid of all combinations. Keys and choices:
 {choices}
   bits=2,3,4,8 context=TOKENS seed=N name=SWEEP out=FOLDER
-  rerun=[oom,timeout,crashed,stale] fresh=true verify=full
+  rerun=[oom,timeout,crashed,stale,unstable] fresh=true verify=full
 
 Hydra's own flags work too: --cfg job shows a configuration, --config-dir adds your own folder,
 --hydra-help lists the rest. Exit code: 0 good, 1 a cell failed or none is ok, 2 a wrong command.

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 _SETTINGS = tuple(f.name for f in fields(Settings))
 _KEYS = {f.name for kind in (Choice, Settings) for f in fields(kind)}
-_REPEATABLE = (*get_args(Status), "stale")
+_REPEATABLE = (*get_args(Status), "stale", "unstable")
 _SWEEP_NAME = re.compile(r"\w[\w.-]{0,99}")
 
 

@@ -79,10 +79,14 @@ class Generation:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by purpose. `weights` counts inner tensors as they are held while computing."""
+    """Bytes by purpose. `weights` counts inner tensors as they are held while computing.
+
+    `peak_bytes` is for an engine on a GPU that does not allocate through torch: all that it held.
+    """
 
     weights_bytes: int
     kv_bytes_per_token: int
+    peak_bytes: int | None = None
 
 
 class InvalidEngine(RuntimeError):

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from qgrid import assembly, device, environment, records, redact
+from qgrid import assembly, device, environment, records, redact, timing
 from qgrid.pipeline import Pipeline
 from qgrid.progress import Progress
 from qgrid.types import FAILURES, FINAL, PlannedCell, Record, Settings, Tracking
@@ -103,13 +103,17 @@ class Sweep:
         if not device.matches(planned.cell.gpu, self._found):
             # what the right device has found out stays
             return "wrong_device" if record is None or record.status in UNRUN else "done"
-        if record is None or self._settings.fresh or record.status not in FINAL:
-            return "run"
-        if record.status in {*UNRUN, *self._settings.rerun}:
+        if record is None or self._settings.fresh or self._is_wanted_again(record):
             return "run"
         if record.environment.get("fingerprint") == self._environment["fingerprint"]:
             return "done"
         return "rerun_stale" if "stale" in self._settings.rerun else "stale"
+
+    def _is_wanted_again(self, record: Record) -> bool:
+        """Whether a record is no final word, or of a kind that `rerun` names."""
+        if record.status not in FINAL or record.status in {*UNRUN, *self._settings.rerun}:
+            return True
+        return "unstable" in self._settings.rerun and timing.any_unstable(record.measurements)
 
     def verdict(self) -> int:
         """Print what failed and why; the exit code."""

@@ -146,7 +146,9 @@ def missing(packages: tuple[str, ...]) -> str | None:
     absent = [name for name in packages if not _installed(name)]
     if not absent:
         return None
-    return f"needs {', '.join(absent)}; run `pip install {shlex.join(absent)}`"
+    pins = environment.locked_versions("main")
+    wanted = [f"{name}=={pins[name]}" if name in pins else name for name in absent]
+    return f"needs {', '.join(absent)}; run `pip install {shlex.join(wanted)}`"
 
 
 def _installed(distribution: str) -> bool:

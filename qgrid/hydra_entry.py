@@ -79,6 +79,9 @@ def sentence(error: BaseException) -> str:
     """The useful message of an error, which Hydra often keeps in the cause, on one line."""
     while error.__cause__ is not None and not str(error).strip():
         error = error.__cause__
+    if isinstance(error, PermissionError | NotADirectoryError) and error.filename:
+        why = error.strerror
+        return f"{error.filename}: {why}; `out=FOLDER` names another place for results"
     text = " ".join(str(error).split())
     if choice := re.search(
         r"Could not find '([^']+)/([^']+)'(?: Available options in .*?: (.*?) Config search)?", text

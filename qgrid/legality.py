@@ -73,7 +73,8 @@ def _refused_by_runtime(cell: Cell, support: MethodSupport) -> Refusal | None:
     where = f"runtime `{cell.runtime.name}` on {cell.gpu.kind}"
     made, readable = support.produces[cell.bits], loads.loads.get(cell.gpu.kind, ())
     if made not in readable:
-        reason = f"{where} does not load `{made}` (loads: {_list(readable)}){_readers(made, cell)}"
+        advice = _other_runtime(made, cell) or "another method or runtime"
+        reason = f"{where} does not load `{made}` (loads: {_list(readable)}); use {advice}"
         return Refusal("unsupported", "format", reason)
     intents = loads.kv_cache.get(cell.gpu.kind, ())
     if cell.kv_cache.name not in intents:
@@ -82,14 +83,14 @@ def _refused_by_runtime(cell: Cell, support: MethodSupport) -> Refusal | None:
     return _refused_options(cell)
 
 
-def _readers(format_: str, cell: Cell) -> str:
-    """Which runtimes load a format on the cell's device."""
-    found = [
-        name
-        for name, runtime in registry.working("runtimes").items()
-        if format_ in runtime.LOADS.loads.get(cell.gpu.kind, ())
-    ]
-    return "".join(f"; use `runtime={name}`" for name in found[:1])
+def _other_runtime(format_: str, cell: Cell) -> str:
+    """A runtime that loads the format, or the method that writes what the asked one loads."""
+    own = registry.runtime(cell.runtime.name).LOADS.baseline
+    ways = [f"`method={own}`"] if own != cell.method.name else []
+    for name, runtime in registry.working("runtimes").items():
+        if format_ in runtime.LOADS.loads.get(cell.gpu.kind, ()):
+            ways.append(f"`runtime={name}`")
+    return " or ".join(ways)
 
 
 def _refused_options(cell: Cell) -> Refusal | None:

@@ -104,4 +104,7 @@ METRICS: dict[str, Metric] = {
     "timing_cv": Metric(
         "ratio", "lower", "cv", "Coefficient of variation of decode throughput over repeats."
     ),
+    "busy_elsewhere": Metric(
+        "1", "lower", "others", "Processors that the timing wanted and other processes kept busy."
+    ),
 }

@@ -114,7 +114,9 @@ def _predicted(cell: Cell, facts: Facts) -> dict[str, float]:
         return {}
     users = max((1, *cell.workload.concurrency))
     weights = _weight_bytes(cell, sizes)
-    return estimate.predict(weights, sizes, _kv_bits(cell), cell.context, users)
+    load = cell.workload
+    longest = max(cell.context, load.prompt_tokens + load.output_tokens)
+    return estimate.predict(weights, sizes, _kv_bits(cell), longest, users)
 
 
 def _kv_bits(cell: Cell) -> float:

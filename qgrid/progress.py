@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
+from qgrid.report import axes
 from qgrid.types import PlannedCell, Record, Stage
 
 if TYPE_CHECKING:
@@ -94,16 +95,24 @@ class Progress:
 
 
 def labels(planned: Sequence[PlannedCell]) -> dict[str, str]:
-    """Short names by cell id: method and bits, and whatever else differs between the cells."""
-    parts = {each.cell_id: _parts(each) for each in planned}
-    shown = {"model", "method", "bits"}
-    for key in next(iter(parts.values()), {}):
-        if key != "options" and len({each[key] for each in parts.values()} - {""}) > 1:
-            shown.add(key)
-    short = {cell_id: _joined(each, shown) for cell_id, each in parts.items()}
-    if len(set(short.values())) == len(short):
-        return short
-    return {cell_id: _joined(each, shown | {"options"}) for cell_id, each in parts.items()}
+    """Names by cell id: model, method and bits, and whatever else differs between the cells."""
+    named = axes.labels([each.cell for each in planned])
+    return {
+        each.cell_id: " ".join(_words(each, label))
+        for each, label in zip(planned, named, strict=True)
+    }
+
+
+def _words(planned: PlannedCell, label: Mapping[str, str]) -> Iterator[str]:
+    model = planned.cell.model
+    yield label.get("model", model.name if model.name != "hf" else model.id)
+    for axis, text in label.items():
+        if axis == "bits":
+            yield f"{text}-bit"
+        elif axis in {"kv_cache", "context", "seed"}:
+            yield f"{axis}={text}"
+        elif axis != "model" and text != axes.ABSENT:
+            yield text
 
 
 def duration(seconds: float) -> str:
@@ -114,28 +123,6 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def _parts(planned: PlannedCell) -> dict[str, str]:
-    cell = planned.cell
-    return {
-        "model": cell.model.name if cell.model.name != "hf" else cell.model.id,
-        "method": cell.method.name,
-        "bits": f"{cell.bits}-bit",
-        "options": ",".join(f"{key}={value}" for key, value in cell.method.options.items()),
-        "runtime": cell.runtime.name,
-        "gpu": cell.gpu.name,
-        "kv_cache": f"kv={cell.kv_cache.name}",
-        "calibration": "" if cell.calibration is None else cell.calibration.name,
-        "slices": cell.slices.name,
-        "workload": cell.workload.name,
-        "context": f"context={cell.context}",
-        "seed": f"seed={cell.seed}",
-    }
-
-
-def _joined(parts: Mapping[str, str], shown: set[str]) -> str:
-    return " ".join(text for key, text in parts.items() if key in shown and text)
 
 
 def _bar(stream: TextIO) -> Bar:

@@ -185,7 +185,7 @@ class Settings:
 
     name: str | None  # of the sweep; None: a hash of its plan
     out: str
-    rerun: tuple[str, ...]  # statuses, or "stale"
+    rerun: tuple[str, ...]  # statuses, "stale" or "unstable"
     fresh: bool
     verify: Literal["cached", "full"]
     limits: Limits

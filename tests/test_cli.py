@@ -165,7 +165,7 @@ def test_a_method_whose_module_is_broken_is_one_sentence(tmp_path: Path) -> None
 
 
 def test_glob_takes_the_choices_of_a_group(tmp_path: Path) -> None:
-    done = qgrid("plan", "method=glob(*,exclude=[none,int8])", cwd=tmp_path)
+    done = qgrid("plan", "method=glob(*,exclude=[none,int8,gguf,prequantized])", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("5 cells: 5 run (1 baseline added)")
 

@@ -496,4 +496,4 @@ def test_a_path_that_looks_like_a_secret_reaches_the_stage(
     monkeypatch.setenv("DEPLOY_KEY", "department-of-models")
     store = tmp_path / "department-of-models" / ("0123456789" * 4)
     _, lines = run([light(model, "work")], faults.settings(store))
-    assert "there is no safetensors file" in "".join(lines)  # what the stage itself found
+    assert "there is no safetensors or GGUF file" in "".join(lines)  # what the stage itself found

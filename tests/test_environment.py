@@ -6,6 +6,8 @@ import importlib.metadata
 import json
 import os
 import subprocess
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,67 @@ def test_a_wheel_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert wheels.folder(str(source), "-DX=1") == folder
     assert next(folder.glob("*.whl")).stat().st_ino == before
     assert wheels.folder(str(source), "-DX=2") != folder
+
+
+def test_wheel_of_other_settings_is_not_pips_own_cached_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip remembers what it built of a source, whatever the settings were."""
+    inside = tmp_path / "small-1"
+    inside.mkdir()
+    (inside / "setup.py").write_text(
+        "import os, setuptools\n"
+        "setuptools.setup(name='small', version='1', description=os.environ['CMAKE_ARGS'])\n"
+    )
+    (inside / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: small\nVersion: 1\n")
+    with tarfile.open(tmp_path / "small-1.tar.gz", "w:gz") as archive:
+        archive.add(inside, "small-1")
+    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    for name, value in {
+        "QGRID_WHEELS": tmp_path / "cache",
+        "PIP_CACHE_DIR": tmp_path / "pip",
+        "PIP_FIND_LINKS": tmp_path,
+        "PIP_NO_INDEX": "1",
+        "PIP_NO_BUILD_ISOLATION": "0",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    for settings in ("-DX=1", "-DX=2"):
+        (wheel,) = wheels.folder("small==1", settings).glob("*.whl")
+        with zipfile.ZipFile(wheel) as content:
+            told = content.read("small-1.dist-info/METADATA").decode()
+        assert f"Summary: {settings}\n" in told
+
+
+def test_make_installs_another_wheel_for_other_settings(tmp_path: Path) -> None:
+    """A stand-in for Python notes what it is called with; nothing is installed."""
+    log, venv = tmp_path / "log", tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    python = venv / "bin" / "python"
+    python.write_text(
+        f'#!/bin/sh\necho "$CMAKE_ARGS|$*" >> {log}\n'
+        'case "$*" in *envs.wheels) echo /wheels/of-$CMAKE_ARGS;; esac\n'
+    )
+    python.chmod(0o755)
+
+    def make(*settings: str) -> list[str]:
+        log.write_text("")
+        outer = {"CMAKE_ARGS", "MAKEFLAGS", "MAKEOVERRIDES"}  # of the `make test` that runs this
+        plain = {name: value for name, value in os.environ.items() if name not in outer}
+        command = ["make", f"VENV={venv}", f"{venv}/main.stamp", *settings]
+        root = Path(qgrid.__file__).parents[1]
+        subprocess.run(command, cwd=root, env=plain, check=True, capture_output=True)
+        return [line for line in log.read_text().splitlines() if "wheels" in line]
+
+    def forced(settings: str) -> str:
+        options = "-q --no-deps --force-reinstall"
+        return f"{settings}|-m pip install {options} /wheels/of-{settings}/*.whl"
+
+    assert forced("") in make()
+    assert make() == []
+    assert forced("-DX=1") in make("CMAKE_ARGS=-DX=1")
+    assert make("CMAKE_ARGS=-DX=1") == make() == []
+    (venv / "main.stamp").unlink()  # as when a locked version changes
+    assert any(line.endswith("/wheels/of--DX=1/*.whl") for line in make())
 
 
 def test_every_package_built_from_sources_is_pinned() -> None:

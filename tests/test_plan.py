@@ -212,7 +212,7 @@ def test_choice_is_what_the_plan_takes() -> None:
 
 
 def test_a_format_that_a_runtime_lacks_names_one_that_loads_it(planned: Plan) -> None:
-    with pytest.raises(plan.EmptyGrid, match=r"does not load `gguf`.*use `runtime=llama_cpp`"):
+    with pytest.raises(plan.EmptyGrid, match=r"does not load `gguf`.* or `runtime=llama_cpp`"):
         planned("method=gguf", "bits=4")
     with pytest.raises(plan.EmptyGrid, match=r"has no `kv_cache=int2` \(has: auto16, int8"):
         planned("method=gguf", "bits=4", "runtime=llama_cpp", "kv_cache=int2")

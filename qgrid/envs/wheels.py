@@ -99,9 +99,11 @@ def _pinned(name: str) -> str:
 
 def _build(requirement: str, arguments: str, target: Path) -> None:
     _say(f"building {requirement}, once for this machine: about five minutes on two cores ...")
+    # pip's own cache would hand out what it built of this source with other settings.
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-cache-dir"]
     with built_aside(target) as aside:
         subprocess.run(
-            [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", requirement, "-w", aside],
+            [*pip, requirement, "-w", aside],
             env={**os.environ, "CMAKE_ARGS": arguments},
             stdout=sys.stderr,
             check=True,
@@ -110,7 +112,10 @@ def _build(requirement: str, arguments: str, target: Path) -> None:
 
 
 def _failed(name: str, error: subprocess.CalledProcessError) -> str:
-    missing = " There is no C++ compiler (on Debian: apt-get install g++)."
+    missing = (
+        " There is no C++ compiler; install one (on Debian: apt-get install g++), then run "
+        "`make clean` and start again."
+    )
     why = missing if _compiler().startswith("no ") else f" pip ended with {error.returncode}."
     return f"{name} could not be built, so what needs it will be `unsupported`.{why}"
 

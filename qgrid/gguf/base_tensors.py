@@ -1,8 +1,9 @@
-"""Whether a GGUF file that somebody else made holds the tensors of the base it is compared with."""
+"""Whether a GGUF file holds the tensors of the checkpoint that it is measured against."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
 
     from qgrid.gguf._decoder import Decoder
 
-_BY_TOKEN = ("token_embd.weight", "output.weight")  # as many rows as the file has tokens
-_BESIDE = ("output.weight", "rope_freqs.weight")  # a copy of a tied head; `constants` looks at both
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"  # a row for each token of the file
+_ROPE_TABLE = "rope_freqs.weight"  # `constants` looks at it
 _UNREAD = ".attn_rot_embd."  # frequencies that old converters stored, and llama.cpp skips
 _TOLERANCE = 2e-3  # relative: half a step of BF16, the least that training could have changed
 _ROWS = 32  # of a matrix, or those of one head
-_NEAR = 0.7  # two bits leave a third of the size, unrelated weights 1.4
+_NEAR = 0.9  # two bits leave a third of the size, zeros all of it, unrelated weights 1.4
 _LEAST = 1e-5  # of the largest value: what F16 on the way may have cost a small one
 
 
@@ -32,14 +33,25 @@ def check_shapes(file: Path, source: Path) -> Check:
     llama.cpp goes on without a bias, and takes the embedding for a head that is missing.
     """
     stored = gguf_file.read(file).tensors
-    _, wanted = convert.planned(source, "F32")
+    _, wanted = _planned(source, stored)
     wrong = [*_misshapen(stored, wanted), *_further(stored, wanted)]
     return _check("shapes", wrong, "the tensors of the base model", f"{len(wanted)} alike")
 
 
+def _planned(
+    source: Path, stored: Mapping[str, Stored]
+) -> tuple[Decoder, Sequence[_tensors.Source]]:
+    """The tensors that the base has; a file may keep a tied head once more."""
+    decoder, wanted = convert.planned(source, "F32")
+    if not decoder.tied or _HEAD not in stored:
+        return decoder, wanted
+    copies = [replace(each, name=_HEAD) for each in wanted if each.name == _EMBEDDING]
+    return decoder, [*wanted, *copies]
+
+
 def _misshapen(stored: Mapping[str, Stored], wanted: Sequence[_tensors.Source]) -> Iterator[str]:
     for each in wanted:
-        free = 1 if each.name in _BY_TOKEN else 0
+        free = 1 if each.name in {_EMBEDDING, _HEAD} else 0
         found = stored.get(each.name)
         if found is None:
             yield f"{each.name} is missing"
@@ -48,7 +60,7 @@ def _misshapen(stored: Mapping[str, Stored], wanted: Sequence[_tensors.Source]) 
 
 
 def _further(stored: Mapping[str, Stored], wanted: Sequence[_tensors.Source]) -> Iterator[str]:
-    known = {*_BESIDE, *(each.name for each in wanted)}
+    known = {_ROPE_TABLE, *(each.name for each in wanted)}
     for name in sorted(stored.keys() - known):
         if _UNREAD not in name:
             yield f"{name} is not in the base"
@@ -62,7 +74,7 @@ def check_weights(file: Path, source: Path) -> Check:
     of rows that belongs to another rotary embedding.
     """
     stored = gguf_file.read(file).tensors
-    decoder, wanted = convert.planned(source, "F32")
+    decoder, wanted = _planned(source, stored)
     found = ((each.name, _apart(file, stored[each.name], each, decoder)) for each in wanted)
     wrong = [f"{name} {apart}" for name, apart in found if apart is not None]
     return _check("weights", wrong, "the weights of the base model", f"{len(wanted)} alike")

@@ -76,6 +76,8 @@ def _refusal(source: Path, _: tuple[tuple[str, int, int], ...]) -> str | None:
         vocabulary.refuse(json.loads(path.read_text(encoding="utf-8")), decoder.vocab)
     except (Unsupported, headers.TornFile) as error:
         return str(error)
+    except json.JSONDecodeError as error:
+        return f"a JSON file of the checkpoint cannot be read ({error}); get it again"
     return None
 
 

@@ -45,12 +45,14 @@ def _changes(name: str, pairs: Sequence[Pair]) -> list[Measurement]:
     clusters = clusters_of([(each["document"], each["id"]) for each, _ in pairs])
     flips = [float(each["correct"]) - float(base["correct"]) for each, base in pairs]
     worse, better = flips.count(-1.0), flips.count(1.0)
-    if clusters is None:
-        both = sum(each["correct"] and base["correct"] for each, base in pairs)
-        neither = len(pairs) - both - worse - better
-        binary: tuple[float, float] | None = stats.newcombe_paired(both, better, worse, neither)
-    else:
-        binary = stats.bootstrap_mean(flips, clusters)
+    both = sum(each["correct"] and base["correct"] for each, base in pairs)
+    neither = len(pairs) - both - worse - better
+    alone = stats.newcombe_paired(both, better, worse, neither)
+    binary: tuple[float, float] | None = alone
+    if clusters is not None:
+        # Both: where few items flip, resampling documents alone would show almost no error.
+        spread = stats.bootstrap_mean(flips, clusters)
+        binary = spread and (min(alone[0], spread[0]), max(alone[1], spread[1]))
     graded = [each["answer_logprob"] - base["answer_logprob"] for each, base in pairs]
     return [
         _change("accuracy_delta", name, flips, clusters, binary),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qgrid import baseline, files, models
 from qgrid.measure import answers, prose, row_cache, slices
-from qgrid.measure.encoding import Encoder
+from qgrid.measure.encoding import Encoder, TooLong
 from qgrid.measure.loading import Phases, fits_beside, is_baseline, load
 from qgrid.measure.prose import Tokens, Windows
 from qgrid.types import Measurement, StageResult
@@ -34,13 +34,14 @@ def measure(job: Job) -> StageResult:
         engine = load(job.artifact, cell, cell.runtime.dtype)
     checks = tuple(engine.checks())
     with phases("slices"):
-        results = _answered(job, engine, encoder)
+        results, left_out = _answered(job, engine, encoder)
     measurements = [
         measurement
         for name in cell.slices.items
+        if name not in left_out
         for measurement in answers.summary(name, [each for each in results if each.slice == name])
     ]
-    observed: dict[str, Any] = {**engine.observed(), "bos": encoder.bos}
+    observed: dict[str, Any] = {**engine.observed(), "bos": encoder.bos, "left_out": left_out}
     with phases("prose"):
         found, more = _prose(job, engine, encoder)
     _write_items(Path(job.out), results)
@@ -53,15 +54,20 @@ def measure(job: Job) -> StageResult:
     )
 
 
-def _answered(job: Job, engine: Engine, encoder: Encoder) -> list[answers.Answered]:
+def _answered(
+    job: Job, engine: Engine, encoder: Encoder
+) -> tuple[list[answers.Answered], dict[str, str]]:
+    """Results of all items, and why a slice that the model is too short for was left out."""
     cell = job.planned.cell
-    return [
-        result
-        for name, wanted in cell.slices.items.items()
-        for result in answers.answer(
-            name, wanted, slices.load(name, wanted, cell.seed), engine, encoder
-        )
-    ]
+    results: list[answers.Answered] = []
+    left_out = {}
+    for name, wanted in cell.slices.items.items():
+        items = slices.load(name, wanted, cell.seed)
+        try:
+            results += answers.answer(name, wanted, items, engine, encoder)
+        except TooLong as error:
+            left_out[name] = str(error)
+    return results, left_out
 
 
 def _write_items(out: Path, results: Sequence[answers.Answered]) -> None:
@@ -94,11 +100,16 @@ def _prose(job: Job, engine: Engine, encoder: Encoder) -> tuple[list[Measurement
 
 
 def _floor(job: Job, engine: Engine, windows: Windows) -> list[Measurement]:
-    """A baseline's perplexity, and its divergence from itself at the speed dtype.
+    """A baseline's perplexity, and its divergence from itself at another speed dtype.
 
     Closes `engine`.
     """
     cell = job.planned.cell
+    if cell.runtime.speed_dtype == cell.runtime.dtype:
+        alone = Tokens.empty(windows)
+        prose.collect(alone, windows, prose.rows(engine, windows), None)
+        engine.close()
+        return [prose.perplexity(alone)]
     tokens = Tokens.empty(windows)
     if fits_beside(Path(job.artifact), cell, cell.runtime.speed_dtype):
         other = load(job.artifact, cell, cell.runtime.speed_dtype)

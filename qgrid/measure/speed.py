@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from qgrid import files, models, stats
 from qgrid.contracts import InvalidEngine
+from qgrid.device import compute_threads
+from qgrid.measure.bystanders import Bystanders
 from qgrid.measure.encoding import positions, require_positions
 from qgrid.measure.loading import DTYPE_BYTES, Phases, load
 from qgrid.measure.process_memory import Peak
 from qgrid.metrics import METRICS
+from qgrid.timing import UNSTABLE_CV
 from qgrid.types import Check, Measurement, StageResult
 
 if TYPE_CHECKING:
     from qgrid.contracts import Engine, Generation
     from qgrid.types import Cell, Job, Workload
 
-UNSTABLE = 0.05  # coefficient of variation above which a timing is marked
 MIN_WARMUP, MIN_REPEATS = 2, 5
 _MS = 1000.0
 _LATENCIES = ("ttft", "itl", "tpot", "e2e_latency")
@@ -57,14 +59,15 @@ def measure(job: Job) -> StageResult:
     with Peak(cell.gpu.kind) as peak:
         with phases("load"):
             engine = load(job.artifact, cell, cell.runtime.speed_dtype)
-        with phases("timing"):
+        with phases("timing"), Bystanders(_threads(cell)) as others:
             samples = timed(engine, cell.workload, vocabulary(Path(job.artifact)), cell.seed)
     with phases("summary"):
         memory = engine.memory()
         held = {
             "resident_weights_bytes": memory.weights_bytes,
             "kv_bytes_per_token": memory.kv_bytes_per_token,
-            "peak_memory_bytes": peak.bytes,
+            "peak_memory_bytes": peak.bytes if memory.peak_bytes is None else memory.peak_bytes,
+            "busy_elsewhere": others.processors,
         }
         weighed = [_plain(metric, value) for metric, value in held.items() if value is not None]
         measurements = (*weighed, *summary(samples))
@@ -80,6 +83,11 @@ def measure(job: Job) -> StageResult:
         observed=observed,
         seconds=phases.seconds,
     )
+
+
+def _threads(cell: Cell) -> int:
+    """Threads that compute, or the one that feeds a GPU."""
+    return compute_threads(cell.runtime.threads) if cell.gpu.kind == "cpu" else 1
 
 
 def _require_workload(workload: Workload, folder: Path) -> None:
@@ -213,7 +221,7 @@ def _conditions(samples: Sequence[Sample]) -> dict[str, Any]:
     }
     return {
         "load_average": {"lowest": min(averages), "highest": max(averages)},
-        "unstable": [f"concurrency={each}" for each, cv in varied.items() if cv > UNSTABLE],
+        "unstable": [f"concurrency={each}" for each, cv in varied.items() if cv > UNSTABLE_CV],
     }
 
 

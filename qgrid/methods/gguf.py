@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qgrid import device, models
 from qgrid.contracts import Built, InvalidEngine, Unsupported
-from qgrid.gguf import audit, convert, importance, layers, quantization
+from qgrid.gguf import audit, base_tensors, convert, importance, layers, quantization
 from qgrid.gguf import file as gguf_file
 from qgrid.gguf.types import FILE_TYPES, PLAIN, TENSOR_TYPES, FileType, Name, stored_as
 from qgrid.methods import _checkpoint
@@ -174,12 +174,13 @@ def quantize(cell: Cell, source: Path, out: Path) -> Built:
 
 
 def _verdicts(cell: Cell, source: Path, file: Path, kind: FileType) -> tuple[Check, ...]:
-    """The tokenizer is the checkpoint's, and 16-bit weights compute what the checkpoint does."""
+    """Tokenizer and weights are the checkpoint's; 16-bit ones compute what the checkpoint does."""
     from qgrid.gguf import parity
 
-    found = [replace(c, name=f"gguf_{c.name}") for c in parity.check_tokenizer(file, source)]
+    tokenizer = [replace(c, name=f"gguf_{c.name}") for c in parity.check_tokenizer(file, source)]
+    found = (*tokenizer, base_tensors.check_weights(file, source))
     if kind.name not in PLAIN:
-        return tuple(found)
+        return found
     return (*found, parity.check_logits(file, source, cell.model.trust_remote_code))
 
 

@@ -60,7 +60,7 @@ def refusal(cell: Cell) -> str | None:
     file = _found(path)
     torn = None if file is None else _torn(file)
     if torn is not None:
-        return f"`method.path={path}` is no whole file: {torn}; get it again"
+        return f"`method.path={path}` is no whole file: {torn}"
     kind = _kind(path)
     if kind is None:
         return f"`method.path={path}` {_untold(path)} (known: {', '.join(FILE_TYPES)})"
@@ -174,11 +174,14 @@ def _header(file: Path, _changed: int) -> gguf_file.Header:
 
 
 def _torn(file: Path) -> str | None:
-    """What is wrong with the file itself."""
+    """What is wrong with the file itself, and what to do about it."""
     try:
-        _header(file, file.stat().st_mtime_ns)
+        header = _header(file, file.stat().st_mtime_ns)
     except gguf_file.TornFile as error:
-        return str(error)
+        return f"{error}; get it again"
+    parts = header.metadata.get("split.count", 0)  # 0 and 1: it was never split
+    if parts > 1:
+        return f"it is one of {parts} parts; join them with `llama-gguf-split --merge`"
     return None
 
 

@@ -79,5 +79,10 @@ def _differing(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _label(node: Mapping[str, Any], telling: Sequence[str]) -> str:
-    parts = [f"{key.rpartition('.')[2]}={node.get(key)}" for key in telling]
+    """The name, and what tells it apart; a switch is named where it is on."""
+    parts = []
+    for key in telling:
+        short, value = key.rpartition(".")[2], node.get(key)
+        if value is not False:
+            parts.append(short if value is True else f"{short}={value}")
     return " ".join([_name(node), *parts])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from qgrid import timing
 from qgrid.report import compare, numbers, rows
 from qgrid.report.rows import Row
 from qgrid.types import Measurement, PlannedCell, Record
@@ -26,7 +27,17 @@ def surprises(planned: Sequence[PlannedCell], records: Sequence[Record]) -> list
     grouped = rows.groups(planned, records)
     measured = [row for group in grouped for row in group if row.record is not None]
     names: dict[str, list[str]] = {}
-    for find in (_fallen, _gains, _floor, _larger, _fallbacks, _failed_checks, _timing, _unpacked):
+    for find in (
+        _fallen,
+        _gains,
+        _floor,
+        _larger,
+        _fallbacks,
+        _failed_checks,
+        _left_out,
+        _timing,
+        _unpacked,
+    ):
         for row in measured:
             for story in find(row):
                 names.setdefault(story, []).append(row.name)
@@ -144,11 +155,23 @@ def _failed_checks(row: Row) -> Iterator[str]:
             yield (f"check `{check.name}` expected {check.expected}, found {check.actual}.")
 
 
+def _left_out(row: Row) -> Iterator[str]:
+    left_out = row.observed("left_out")
+    for name, reason in left_out.items() if isinstance(left_out, Mapping) else ():
+        yield f"slice `{name}` was left out: {reason}."
+
+
 def _timing(row: Row) -> Iterator[str]:
+    others = row.get("busy_elsewhere")
+    if timing.is_unstable(None, others) and others is not None:
+        yield (
+            f"other processes kept {others.value:.1f} of the processors busy that the timing "
+            "wanted; free the machine and give `rerun=unstable`."
+        )
     unstable = [
         (part, spread)
         for part in rows.loads([row], "timing_cv")
-        if row.is_unstable(part) and (spread := row.get("timing_cv", part)) is not None
+        if (spread := row.get("timing_cv", part)) is not None and timing.is_unstable(spread, None)
     ]
     if unstable:
         listed = ", ".join(

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qgrid import timing
 from qgrid.report import axes, compare
 from qgrid.types import Measurement, PlannedCell, Record
 
 NOT_RUN = "not run"
-UNSTABLE_CV = 0.05
 Measured = Mapping[tuple[str, str | None], Measurement]  # by metric and part
 
 
@@ -62,14 +62,17 @@ class Row:
 
     def ratio(self, metric: str, part: str) -> compare.Ratio | None:
         """This cell over its baseline; None where a gain must not be claimed or is unknown."""
-        if self.is_baseline or self.is_decompressed:
+        base = self.baseline
+        unstable = timing.is_unstable(
+            base.get(("timing_cv", part)), base.get(("busy_elsewhere", None))
+        )
+        if self.is_baseline or self.is_decompressed or unstable or self.is_unstable(part):
             return None
         return compare.ratio(self.get(metric, part), self.baseline.get((metric, part)))
 
     def is_unstable(self, part: str) -> bool:
-        """Whether repeats of a timing scatter by more than 5 %."""
-        spread = self.get("timing_cv", part)
-        return spread is not None and spread.value > UNSTABLE_CV
+        """Whether repeats of a timing scatter by more than 5 %, or others were in its way."""
+        return timing.is_unstable(self.get("timing_cv", part), self.get("busy_elsewhere"))
 
     @property
     def changes(self) -> dict[str, Measurement]:

@@ -89,12 +89,14 @@ def build(planned: Sequence[PlannedCell], records: Sequence[Record]) -> Sheet:
 _LEGEND = {
     UNPACKED: "this runtime unpacks the stored weights to compute (see the row's note): no gain in "
     "memory or speed is claimed",
-    UNSTABLE: "unstable: repeats of this timing vary by more than 5 %",
+    UNSTABLE: "unstable: repeats of this timing vary by more than 5 %, or other processes were in "
+    "its way; `rerun=unstable` times it again",
     FELL: "fell: the whole 95 % interval is below 0, also after Holm's correction over the slices "
     "of the cell",
     FLOOR: "KL divergence that computing in the speed dtype alone makes, weights unchanged",
     "±": "half the 95 % interval, in points; changes are paired with the baseline item by item",
-    "x": "over the baseline; printed only where the 95 % interval of the ratio excludes 1",
+    "x": "over the baseline; printed only where both timings are stable and the 95 % interval of "
+    "the ratio excludes 1",
 }
 
 
@@ -117,7 +119,12 @@ def _sizes(every: Sequence[Row]) -> list[Column]:
         *_plain(every, "size", "linear_bits_per_weight", ("of the", "linears")),
         *_bytes(every, "resident_weights_bytes", ("weights", "in memory"), is_memory=True),
         *_bytes(every, "peak_memory_bytes", ("peak", "memory"), is_memory=True),
+        *(_kv_bytes(every) if len({row.planned.cell.kv_cache.name for row in every}) > 1 else ()),
     ]
+
+
+def _kv_bytes(every: Sequence[Row]) -> list[Column]:
+    return _plain(every, "size", "kv_bytes_per_token", ("KV bytes", "a token"))
 
 
 def _bytes(

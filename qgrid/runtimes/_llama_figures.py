@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from qgrid.gguf.log import LlamaError
 
 _MIB = 2**20
-_BUFFER = re.compile(r": +(\S+) (model|KV|compute|output) buffer size = +([\d.]+) MiB")
-_KV = re.compile(r"\( *(\d+) cells,.*/(\d+) seqs\), K \((\w+)\):.*V \((\w+)\):")
+_BUFFER = re.compile(r": +(\S+) (model|compute) buffer size = +([\d.]+) MiB")
+_KV = re.compile(
+    r"size = +([\d.]+) MiB \( *(\d+) cells,.*/(\d+) seqs\), K \((\w+)\):.*V \((\w+)\):"
+)
 _WIDTH = re.compile(r"n_embd_([kv])_gqa +=\s+(.+)$")
 _LAYERS = re.compile(r" n_layer +=\s+(\d+)")
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers")
@@ -41,7 +43,6 @@ class ContextFigures:
 
     kv_bytes: int
     compute_bytes: int
-    output_bytes: int
     cells: int
     key_type: str
     value_type: str
@@ -65,11 +66,10 @@ def model_figures(lines: Sequence[str]) -> ModelFigures:
 
 def context_figures(lines: Sequence[str]) -> ContextFigures:
     """The figures in the log of making a context."""
-    cells, streams, key_type, value_type = _only(_KV, lines)
+    size, cells, streams, key_type, value_type = _only(_KV, lines)
     return ContextFigures(
-        kv_bytes=sum(_buffers(lines, "KV").values()),
+        kv_bytes=round(float(size) * _MIB),
         compute_bytes=sum(_buffers(lines, "compute").values()),
-        output_bytes=sum(_buffers(lines, "output").values()),
         cells=int(cells) * int(streams),
         key_type=key_type,
         value_type=value_type,

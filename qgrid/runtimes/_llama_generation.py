@@ -91,8 +91,9 @@ class Batcher:
         self._take(receivers, self._context.decode(pieces))
 
     def _take(self, receivers: Sequence[tuple[int, _Request]], logits: Rows) -> None:
+        tokens = logits.argmax(1).tolist()
         now = time.perf_counter() - self._begin
-        for (place, request), token in zip(receivers, logits.argmax(1).tolist(), strict=True):
+        for (place, request), token in zip(receivers, tokens, strict=True):
             stopped = token in self._stop
             if not stopped:
                 request.ids.append(token)

@@ -47,6 +47,7 @@ LOADS = RuntimeSupport(
     packages=("llama-cpp-python", "gguf"),
     baseline="gguf",
     dtypes=("float32",),
+    keeps_stored=True,
 )
 _MIB_ROUNDING = 0.01 * 2**20  # of sizes in the log
 _MAX_PLACES = 256  # sequences that the library takes at once
@@ -129,7 +130,11 @@ class LlamaCpp:
 
     def memory(self) -> Memory:
         """See `Engine.memory`: the library's buffers of weights, and its cache for one token."""
-        return Memory(sum(self._model.figures.weights_bytes.values()), self._kv_bytes_per_token())
+        weights = sum(self._model.figures.weights_bytes.values())
+        contexts = (each.figures for each in self._contexts.values())
+        whole = weights + sum(each.kv_bytes + each.compute_bytes for each in contexts)
+        on_gpu = self._cell.gpu.kind == "cuda"
+        return Memory(weights, self._kv_bytes_per_token(), whole if on_gpu else None)
 
     def kernels(self) -> Mapping[str, int]:
         """Matrices by type: each type has its own multiplication. A tied head is none."""
@@ -159,7 +164,6 @@ class LlamaCpp:
             "kv_buffer_bytes": held.kv_bytes,
             "kv_cells": held.cells,
             "compute_buffer_bytes": held.compute_bytes,
-            "output_buffer_bytes": held.output_bytes,
             "repacked": loaded.repacked,
             "mmap": any("Mapped" in name for name in loaded.weights_bytes),
             "unread_table_bytes": _llama_facts.unread_table(self._header),

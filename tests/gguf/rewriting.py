@@ -34,6 +34,8 @@ def rewritten(
             writer.add_key_value(name, value, kinds[0], sub_type=sub)
         elif isinstance(value, float):
             writer.add_float32(name, value)
+        elif isinstance(value, int):
+            writer.add_uint16(name, value)
         else:
             writer.add_string(name, value)
     tensors = {t.name: (t.data, GGMLQuantizationType(t.tensor_type)) for t in reader.tensors}

@@ -116,6 +116,20 @@ def test_copy_of_a_tied_head_is_let_pass(
 
     file = rewritten(files["qwen2 tied"], tmp_path / "model.gguf", change_tensors=copy)
     assert check_shapes(file, made["qwen2 tied"]).ok
+    assert check_weights(file, made["qwen2 tied"]).ok
+
+
+def test_head_of_its_own_where_the_base_has_a_tied_one(
+    files: dict[str, Path], made: dict[str, Path], tmp_path: Path
+) -> None:
+    def other(tensors: Tensors) -> None:
+        data, kind = tensors["token_embd.weight"]
+        tensors["output.weight"] = (np.ascontiguousarray(data[::-1]), kind)
+
+    file = rewritten(files["qwen2 tied"], tmp_path / "model.gguf", change_tensors=other)
+    check = check_weights(file, made["qwen2 tied"])
+    assert not check.ok
+    assert check.actual.startswith("output.weight is 1.")
 
 
 def reorder(tensors: Tensors) -> None:

@@ -89,6 +89,13 @@ def test_a_torn_or_missing_weights_file_is_refused(checkpoint: Path) -> None:
     assert convert.refusal(checkpoint) is None
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_torn_json_file_is_refused(checkpoint: Path, name: str) -> None:
+    whole = (checkpoint / name).read_text()
+    (checkpoint / name).write_text(whole[: len(whole) // 2])
+    assert "a JSON file of the checkpoint cannot be read" in str(convert.refusal(checkpoint))
+
+
 def test_a_checkpoint_without_a_tokenizer_is_refused(checkpoint: Path) -> None:
     (checkpoint / "tokenizer.json").rename(checkpoint / "vocab.json")
     assert convert.refusal(checkpoint) is None  # older byte-level files; read while converting

@@ -18,6 +18,7 @@ from qgrid.contracts import Generation, InvalidEngine, Memory
 from qgrid.measure import process_memory, speed
 from qgrid.measure.process_memory import Peak
 from qgrid.runtimes import transformers as runtime
+from qgrid.timing import UNSTABLE_CV
 from qgrid.types import Cell, Gpu, Job, Workload
 
 PREFILL, STEP = 0.02, 0.005
@@ -128,7 +129,7 @@ def test_repeats_that_differ_are_marked_unstable() -> None:
     shaky = [sample(i, 0.2 + 0.05 * i) for i in range(5)]
     assert speed._conditions(shaky)["unstable"] == ["concurrency=1"]
     cv = next(m for m in speed.summary(shaky) if m.metric == "timing_cv")
-    assert cv.value > speed.UNSTABLE
+    assert cv.value > UNSTABLE_CV
 
 
 def test_fewer_repeats_than_the_protocol_are_raised() -> None:

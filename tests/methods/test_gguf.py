@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from qgrid import artifacts, codec, inspection, registry
+from qgrid.artifacts import BadArtifact
 from qgrid.contracts import InvalidEngine, Unsupported
 from qgrid.gguf import convert, file, layers, quantization
 from qgrid.gguf.types import FILE_TYPES
@@ -23,6 +24,7 @@ from qgrid.methods import gguf
 from qgrid.types import Cell, StageResult
 from tests import jobs
 from tests.conftest import write_model, write_tokenizer
+from tests.gguf.rewriting import Tensors, rewritten
 from tests.methods.gguf_jobs import job, named, options
 
 Build = Callable[..., StageResult]
@@ -66,7 +68,9 @@ def test_every_type_is_what_it_says(name: str, build: Build) -> None:
     assert ("logits" in named(result.checks)) == (kind.bits == 16)
 
 
-@pytest.mark.parametrize(("bits", "name"), jobs.options("gguf")["types"].items())
+@pytest.mark.parametrize(
+    ("bits", "name"), [(int(bits), name) for bits, name in jobs.options("gguf")["types"].items()]
+)
 def test_bits_alone_mean_the_yamls_type(bits: int, name: str) -> None:
     by_bits = gguf.resolved(bits, options())
     by_type = gguf.resolved(bits, options(type=name))
@@ -191,10 +195,11 @@ def test_unknown_architecture_is_refused_by_name(
 ) -> None:
     folder = tmp_path / "other"
     shutil.copytree(tiny_random, folder)
+    cell = job(make_cell, tmp_path, folder, 4).planned.cell
+    assert gguf.refusal(cell) is None  # and is looked at again when the checkpoint has changed
     config = json.loads((folder / "config.json").read_text())
     config["architectures"] = ["PhiForCausalLM"]
     (folder / "config.json").write_text(json.dumps(config))
-    cell = job(make_cell, tmp_path, folder, 4).planned.cell
     assert "PhiForCausalLM" in str(gguf.refusal(cell))
     assert gguf.mismatch(cell) is None
     with pytest.raises(Unsupported, match="PhiForCausalLM"):
@@ -276,6 +281,24 @@ def test_libraries_own_dry_run_has_the_last_word(
     monkeypatch.setattr(gguf, "mismatch", lambda _: None)
     with pytest.raises(InvalidEngine, match=r"llama\.cpp would store \d+ linear layers otherwise"):
         build(4, wide)
+
+
+def test_other_weights_than_the_checkpoints_are_found(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The right types and no NaN, but the feed-forward matrices of another layer."""
+    true = quantization.quantize
+
+    def swapped(source: Path, out: Path, *arguments: Any) -> dict[str, str]:
+        def swap(tensors: Tensors) -> None:
+            one, other = "blk.0.ffn_up.weight", "blk.1.ffn_up.weight"
+            tensors[one], tensors[other] = tensors[other], tensors[one]
+
+        return true(rewritten(source, tmp_path / "swapped", change_tensors=swap), out, *arguments)
+
+    monkeypatch.setattr(quantization, "quantize", swapped)
+    with pytest.raises(BadArtifact, match=r"check `weights`.*ffn_up\.weight is 1\.\d"):
+        build(4)
 
 
 def test_importing_and_planning_load_no_library(tiny_random: Path) -> None:

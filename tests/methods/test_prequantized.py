@@ -20,6 +20,7 @@ from qgrid.methods import prequantized
 from qgrid.types import Cell, Check, Job, StageResult
 from tests import jobs
 from tests.conftest import write_model, write_tokenizer
+from tests.gguf.rewriting import rewritten
 
 Make = Callable[..., Job]
 
@@ -150,6 +151,13 @@ def test_torn_file_is_refused(published: Path, make: Make, tmp_path: Path) -> No
     assert "its header says" in said
     with pytest.raises(Unsupported, match="is no whole file"):
         built(make(torn))
+
+
+def test_part_of_a_split_file_is_refused(published: Path, make: Make, tmp_path: Path) -> None:
+    part = tmp_path / "model-Q4_K_M-00001-of-00003.gguf"
+    rewritten(published / "plain.gguf", part, lambda keys: keys.update({"split.count": 3}))
+    said = str(prequantized.refusal(make(part).planned.cell))
+    assert "it is one of 3 parts; join them with `llama-gguf-split --merge`" in said
 
 
 @pytest.mark.parametrize(

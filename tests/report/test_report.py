@@ -132,6 +132,15 @@ def test_an_unstable_timing_is_marked(sweep: Sweep, make_number: Number) -> None
     assert shown(unstable, "none", 16)["decode batch 1 tok/s"] == "~118"
 
 
+def test_a_timing_that_others_disturbed_claims_no_gain(sweep: Sweep, make_number: Number) -> None:
+    """Repeats agree when a neighbour is steadily in the way; the ratio would be the neighbour's."""
+    assert "x" in shown(sweep, "nf4", 4)["decode batch 1 tok/s"]
+    for method, bits in (("none", 16), ("nf4", 4)):
+        busy = sweep.measured(method, bits, make_number("busy_elsewhere", 0.9))
+        assert "x" not in shown(busy, "nf4", 4)["decode batch 1 tok/s"]
+        assert shown(busy, method, bits)["decode batch 1 tok/s"].startswith("~")
+
+
 def test_only_varying_axes_have_columns(sweep: Sweep) -> None:
     assert list(rows.groups(sweep.planned, sweep.records)[0][0].labels) == ["method", "bits"]
     small = replace(sweep.planned[2].cell, kv_cache=KvCache("int4", 4), context=2048)

@@ -117,6 +117,22 @@ def test_more_choices_than_places(engine: runtime.LlamaCpp, model: Any) -> None:
     assert distance(cast(Any, engine), model, rows, [2] * 90, some_ids(rng, 12)) <= FAR
 
 
+def test_more_rows_of_one_beginning_than_a_chunk(engine: runtime.LlamaCpp, model: Any) -> None:
+    """The library aborts where a pass gives more rows than were set aside."""
+    rng = random.Random(11)
+    shared = some_ids(rng, 200)
+    rows = [shared + some_ids(rng, 101) for _ in range(8)]
+    assert distance(cast(Any, engine), model, rows, [100] * 8, []) <= FAR
+
+
+def test_prose_does_not_depend_on_what_is_scored_beside_it(engine: runtime.LlamaCpp) -> None:
+    """As llama-perplexity does it: windows of 128 would fit four in a pass."""
+    windows = prompts_of([128] * 4, seed=12)
+    together = [each.logprobs for each in engine.score(windows, [63] * 4)]
+    alone = [next(iter(engine.score([ids], [63]))).logprobs for ids in windows]
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
 def test_passes_smaller_than_a_sequence(
     artifact: Path, llama_cell: MakeCell, model: Any, sequences: list[Ids]
 ) -> None:

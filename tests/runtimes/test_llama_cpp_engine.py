@@ -19,9 +19,11 @@ from qgrid import codec
 from qgrid.contracts import InvalidEngine
 from qgrid.gguf import file as gguf_file
 from qgrid.gguf.log import LlamaError
-from qgrid.measure import speed
+from qgrid.measure import loading, speed
 from qgrid.measure.prose import divergence
 from qgrid.runtimes import llama_cpp as runtime
+from qgrid.runtimes._llama_figures import context_figures
+from qgrid.runtimes._llama_model import Model, Placement
 from qgrid.types import Cell, Gpu, Job, KvCache, PlannedCell, Workload
 from tests.runtimes import random_gguf
 from tests.runtimes.passes import some_ids
@@ -123,6 +125,18 @@ def test_a_size_that_is_not_the_buffers_is_invalid(
     engine.close()
 
 
+def test_a_cache_over_several_devices_is_rounded_once() -> None:
+    """Each device's buffer is told to 0.01 MiB: eight of them would seem to lack a hundredth."""
+    buffers = [f"llama_kv_cache:      CUDA{i} KV buffer size =     0.31 MiB" for i in range(8)]
+    told = (
+        "llama_kv_cache: size =    2.50 MiB (   512 cells,   8 layers,  4/4 seqs), "
+        "K (f16):    1.25 MiB, V (f16):    1.25 MiB"
+    )
+    figures = context_figures([*buffers, told, "resolve_fused_ops: Flash Attention enabled"])
+    assert figures.kv_bytes == 2.5 * 2**20
+    assert (figures.cells, figures.key_type, figures.value_type) == (2048, "f16", "f16")
+
+
 def test_weights_are_the_librarys_buffers(folder: Path, packed: Path, llama_cell: MakeCell) -> None:
     header = gguf_file.read(folder / runtime.WEIGHTS)
     exact = sum(tensor.nbytes for tensor in header.tensors.values())
@@ -138,6 +152,34 @@ def test_weights_are_the_librarys_buffers(folder: Path, packed: Path, llama_cell
     assert mapped.observed()["mmap"]
     for each in (engine, plain, laid, mapped):
         each.close()
+
+
+def test_on_a_gpu_the_peak_is_the_librarys_account(folder: Path, llama_cell: MakeCell) -> None:
+    """It does not allocate through torch, whose figure would be nothing."""
+    header = gguf_file.read(folder / runtime.WEIGHTS)
+    model = Model(folder / runtime.WEIGHTS, Placement(0, 0, mmap=False, repack=True))
+    engine = runtime.LlamaCpp(model, header, llama_cell(gpu=CUDA))
+    list(engine.score([[1, 2, 3]], [2]))
+    contexts = [each.figures for each in engine._contexts.values()]
+    assert len(contexts) == 2
+    held = engine.memory()
+    assert held.peak_bytes == held.weights_bytes + sum(
+        each.kv_bytes + each.compute_bytes for each in contexts
+    )
+    engine.close()
+    plain = runtime.load(folder, llama_cell(), "float32")
+    assert plain.memory().peak_bytes is None  # the process's own peak counts
+    plain.close()
+
+
+def test_the_baseline_is_held_as_it_is_stored(
+    folder: Path, llama_cell: MakeCell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it fits beside a cell: `float32` names the arithmetic, not the weights."""
+    size = (folder / runtime.WEIGHTS).stat().st_size
+    for free, fits in ((1.5, True), (1.3, False)):
+        monkeypatch.setattr(loading, "_free_bytes", lambda _, free=free: free * size)
+        assert loading.fits_beside(folder, llama_cell(), "float32") == fits
 
 
 def test_a_table_that_is_not_the_head_is_not_read(folder: Path) -> None:
