@@ -21,7 +21,7 @@ from qgrid import stats
 from qgrid.contracts import Generation
 from qgrid.measure import speed
 from qgrid.runtimes import llama_cpp as runtime
-from tests.benchmarks.bench_llama_cpp import cell, loaded
+from tests.benchmarks.bench_llama_cpp import as_in_a_worker, cell, loaded
 from tests.runtimes import random_gguf
 from tests.runtimes.batching import divergence
 
@@ -60,6 +60,7 @@ def measure(engine: runtime.LlamaCpp, tokens: int, pairs: int, vocab: int) -> No
 
 def main() -> None:
     """Print both files' rates."""
+    as_in_a_worker()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=32)

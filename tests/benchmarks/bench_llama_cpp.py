@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import statistics
@@ -23,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from qgrid import stats
+from qgrid import stats, worker
 from qgrid.gguf import log
 from qgrid.runtimes import llama_cpp as runtime
 from qgrid.types import Cell, Gpu, KvCache, Method, Model, Runtime, Slices, Workload
@@ -35,6 +36,12 @@ SHAPES = {
     "150M": random_gguf.LARGE,
 }
 Times = tuple[float, float]  # seconds of the prompt, and of each token after the first
+
+
+def as_in_a_worker() -> None:
+    """The variables that a stage computes under; before the first library with threads is loaded."""
+    for name, value in worker.SETTINGS.items():
+        os.environ.setdefault(name, value)
 
 
 def cell(threads: int, bits: int = 16) -> Cell:
@@ -193,6 +200,7 @@ def report(times: dict[str, list[Times]], others: Sequence[Times]) -> None:
 
 def main() -> None:
     """Print all ratios."""
+    as_in_a_worker()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--threads", type=int, default=2)
