@@ -39,7 +39,7 @@ Times = tuple[float, float]  # seconds of the prompt, and of each token after th
 
 
 def as_in_a_worker() -> None:
-    """The variables that a stage computes under; before the first library with threads is loaded."""
+    """Variables that a stage computes under; before the first library with threads is loaded."""
     for name, value in worker.SETTINGS.items():
         os.environ.setdefault(name, value)
 
