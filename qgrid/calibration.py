@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,9 @@ from qgrid.files import sha256
 if TYPE_CHECKING:
     from qgrid.files import HashCache
     from qgrid.types import Calibration
+
+
+_BATCH_TOKENS = 2048
 
 
 class BadCalibration(ValueError):
@@ -69,6 +72,13 @@ def draw(calibration: Calibration, tokenizer: Any, seed: int) -> Drawn:
     length = calibration.length
     rows = tuple(tuple(ids[i : i + length]) for i in range(0, wanted, length))
     return Drawn(rows, _summary(calibration, seed, used.hexdigest()))
+
+
+def batches(rows: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
+    """Equally long rows, as many at a time as make some thousand tokens."""
+    size = max(1, _BATCH_TOKENS // len(rows[0]))
+    for first in range(0, len(rows), size):
+        yield rows[first : first + size]
 
 
 def _summary(calibration: Calibration, seed: int, digest: str) -> dict[str, Any]:

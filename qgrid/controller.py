@@ -113,7 +113,7 @@ class Sweep:
         """Whether a record is no final word, or of a kind that `rerun` names."""
         if record.status not in FINAL or record.status in {*UNRUN, *self._settings.rerun}:
             return True
-        return "unstable" in self._settings.rerun and timing.any_unstable(record.measurements)
+        return "unstable" in self._settings.rerun and timing.is_unstable(*record.measurements)
 
     def verdict(self) -> int:
         """Print what failed and why; the exit code."""

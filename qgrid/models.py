@@ -28,7 +28,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_CONFIGS = ("config.json", "generation_config.json")
+CONFIG_FILES = ("config.json", "generation_config.json")
 _SAFE = ("*.safetensors", "*.safetensors.index.json")
 _PICKLED = ("*.bin", "*.bin.index.json")
 
@@ -97,7 +97,13 @@ def identity(model: Model, cache: HashCache | None = None) -> dict[str, str]:
 
 def checkpoint_files(folder: Path, allow_pickle: bool = False) -> list[Path]:
     """The files of a checkpoint that a loader reads: weights, configs, tokenizer, own code."""
-    patterns = (*_SAFE, *(_PICKLED if allow_pickle else ()), *_CONFIGS, *TOKENIZER_FILES, "*.py")
+    patterns = (
+        *_SAFE,
+        *(_PICKLED if allow_pickle else ()),
+        *CONFIG_FILES,
+        *TOKENIZER_FILES,
+        "*.py",
+    )
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
@@ -187,7 +193,7 @@ def _download(model: Model, offline: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*_SAFE, *_CONFIGS, *TOKENIZER_FILES]
+    patterns = [*_SAFE, *CONFIG_FILES, *TOKENIZER_FILES]
     patterns += _PICKLED if model.allow_pickle else ()
     patterns += ("*.py",) if model.trust_remote_code else ()
     try:

@@ -20,7 +20,7 @@ from qgrid import assembly, codec, controller, device, pipeline, records
 from qgrid.controller import Sweep
 from qgrid.files import write_atomic
 from qgrid.progress import Progress
-from qgrid.types import Failure, PlannedCell, Record, Settings, Status
+from qgrid.types import Failure, Measurement, PlannedCell, Record, Settings, Status
 from tests import faults
 
 RUN = "import sys; from qgrid import sweep; sys.exit(sweep.run_cells(sys.argv[1], sys.argv[2:]))"
@@ -216,6 +216,24 @@ def test_a_record_decides(tmp_path: Path, model: Path, case: Case) -> None:
     now = sweep._environment["fingerprint"] if case.same_environment else "another"
     known = {cell.cell_id: write_record(store, cell, case.status, now)}
     assert sweep.decide(cell, known) == case.expected
+
+
+@pytest.mark.parametrize("metric", ["timing_cv", "busy_elsewhere"])
+def test_an_unstable_timing_is_repeated_on_request(
+    tmp_path: Path, model: Path, metric: str
+) -> None:
+    store = tmp_path / "store"
+    cell = light(model, "work")
+    for rerun, value, expected in (
+        (("unstable",), 0.5, "run"),
+        (("unstable",), 0.01, "done"),
+        ((), 0.5, "done"),
+    ):
+        sweep = Sweep([cell], faults.settings(store, rerun=rerun), faults.folder(store))
+        now = sweep._environment["fingerprint"]
+        record = write_record(store, cell, "ok", now)
+        measured = replace(record, measurements=(Measurement(metric, value, "1"),))
+        assert sweep.decide(cell, {cell.cell_id: measured}) == expected
 
 
 def test_a_cell_without_a_record_runs_and_a_refused_one_is_refused_once(

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid.calibration import BadCalibration
+from qgrid.calibration import BadCalibration, batches
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-_BATCH_TOKENS = 2048
 _LEAST = 1e-6  # of a layer's mean importance
 
 
@@ -31,8 +30,9 @@ def collect(
     import torch
 
     with _listening(model, tensors) as sums, torch.inference_mode():
-        for ids in _batches(rows, model.get_input_embeddings().weight.device):
-            model(ids, use_cache=False, logits_to_keep=1)
+        device = model.get_input_embeddings().weight.device
+        for part in batches(rows):
+            model(torch.tensor(part, device=device), use_cache=False, logits_to_keep=1)
     count = sum(len(row) for row in rows)
     return {name: _floored((total / count).cpu().numpy(), name) for name, total in sums.items()}
 
@@ -58,14 +58,6 @@ def load(source: Path, arguments: Mapping[str, Any], device: str) -> Any:
 
     options = {**arguments, "dtype": torch.float32}
     return AutoModelForCausalLM.from_pretrained(source, **options).eval().to(device)
-
-
-def _batches(rows: Sequence[Sequence[int]], device: torch.device) -> Iterator[torch.Tensor]:
-    import torch
-
-    size = max(1, _BATCH_TOKENS // len(rows[0]))
-    for first in range(0, len(rows), size):
-        yield torch.tensor([list(row) for row in rows[first : first + size]], device=device)
 
 
 @contextlib.contextmanager

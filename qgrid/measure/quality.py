@@ -106,10 +106,7 @@ def _floor(job: Job, engine: Engine, windows: Windows) -> list[Measurement]:
     """
     cell = job.planned.cell
     if cell.runtime.speed_dtype == cell.runtime.dtype:
-        alone = Tokens.empty(windows)
-        prose.collect(alone, windows, prose.rows(engine, windows), None)
-        engine.close()
-        return [prose.perplexity(alone)]
+        return [prose.perplexity(_alone(engine, windows))]
     tokens = Tokens.empty(windows)
     if fits_beside(Path(job.artifact), cell, cell.runtime.speed_dtype):
         other = load(job.artifact, cell, cell.runtime.speed_dtype)
@@ -118,15 +115,21 @@ def _floor(job: Job, engine: Engine, windows: Windows) -> list[Measurement]:
         engine.close()
         exact = dataclasses.replace(tokens, nll=tokens.base_nll)
     else:
-        exact = Tokens.empty(windows)
-        prose.collect(exact, windows, prose.rows(engine, windows), None)
-        engine.close()
+        exact = _alone(engine, windows)
         loads = (
             functools.partial(load, job.artifact, cell, dtype)
             for dtype in (cell.runtime.speed_dtype, cell.runtime.dtype)
         )
         row_cache.collect_by_turns(tokens, windows, *loads)
     return [prose.perplexity(exact), prose.mean_over_windows("kld_floor", tokens.kl)]
+
+
+def _alone(engine: Engine, windows: Windows) -> Tokens:
+    """Log-probabilities of every token, compared with nothing. Closes `engine`."""
+    tokens = Tokens.empty(windows)
+    prose.collect(tokens, windows, prose.rows(engine, windows), None)
+    engine.close()
+    return tokens
 
 
 def paired_tokens(

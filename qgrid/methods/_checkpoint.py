@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from qgrid.types import Cell, Model
 
-_CONFIGS = ("config.json", "generation_config.json")
 PROBE_TOKENS = 48
 PROBE_TEXT = (
     "Question: what is 12 + 34?\nAnswer: 46.\n"
@@ -71,7 +70,7 @@ def stored_dtype(source: Path) -> Literal["F16", "BF16", "F32"]:
 
 def copy_configs(source: Path, out: Path) -> None:
     """Copy `config.json`, and how to generate where the checkpoint says it."""
-    for name in _CONFIGS:
+    for name in models.CONFIG_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
 

@@ -20,7 +20,6 @@ FORMAT = "pack-quantized"
 PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
 _SCHEME_GROUP = 128  # columns a scale covers in every integer preset of compressed-tensors
 _GROUPS = (128, 64, 32, 16)  # to suggest
-_BATCH_TOKENS = 2048
 # The head and the routers of mixtures of experts stay at 16 bits.
 _KEPT = ["lm_head", r"re:.*(mlp|block_sparse_moe)\.(gate|router|shared_expert_gate)$"]
 
@@ -157,8 +156,7 @@ def _batches(rows: Sequence[Sequence[int]]) -> Any:
     import torch
     from torch.utils.data import DataLoader
 
-    size = max(1, _BATCH_TOKENS // len(rows[0]))
-    ids = [torch.tensor(rows[i : i + size]) for i in range(0, len(rows), size)]
+    ids = [torch.tensor(part) for part in calibration.batches(rows)]
     return DataLoader(
         [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in ids],  # type: ignore[arg-type]
         batch_size=None,

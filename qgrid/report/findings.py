@@ -163,7 +163,7 @@ def _left_out(row: Row) -> Iterator[str]:
 
 def _timing(row: Row) -> Iterator[str]:
     others = row.get("busy_elsewhere")
-    if timing.is_unstable(None, others) and others is not None:
+    if others is not None and timing.is_unstable(others):
         yield (
             f"other processes kept {others.value:.1f} of the processors busy that the timing "
             "wanted; free the machine and give `rerun=unstable`."
@@ -171,7 +171,7 @@ def _timing(row: Row) -> Iterator[str]:
     unstable = [
         (part, spread)
         for part in rows.loads([row], "timing_cv")
-        if (spread := row.get("timing_cv", part)) is not None and timing.is_unstable(spread, None)
+        if (spread := row.get("timing_cv", part)) is not None and timing.is_unstable(spread)
     ]
     if unstable:
         listed = ", ".join(

@@ -7,12 +7,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from qgrid.contracts import InvalidEngine
+from qgrid.gguf.types import PLAIN
 
 if TYPE_CHECKING:
     from qgrid.gguf.file import Header
     from qgrid.types import Cell
-
-_PLAIN = frozenset({"F32", "F16", "BF16"})  # what is not quantized
 
 
 def require_types(header: Header, cell: Cell) -> None:
@@ -23,7 +22,7 @@ def require_types(header: Header, cell: Cell) -> None:
     """
     found = linears(header)
     seen = ", ".join(f"{count} x {name}" for name, count in found.items())
-    quantized = found.keys() - _PLAIN
+    quantized = found.keys() - PLAIN
     if cell.bits >= 16 and quantized:
         raise InvalidEngine(f"16-bit weights were asked for, but the engine holds {seen}")
     if cell.bits < 16 and not quantized:

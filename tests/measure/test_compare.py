@@ -46,6 +46,14 @@ def test_no_flips_is_still_an_interval() -> None:
     assert found.low < 0 < found.high
 
 
+def test_no_flips_among_documents_is_still_an_interval() -> None:
+    documents: list[str | None] = [f"d{i // 10}" for i in range(100)]
+    same = lines([1] * 50 + [0] * 50, [-1.0] * 100, documents)
+    found = changes(same, same)["accuracy_delta"]
+    assert found.value == 0
+    assert found.low < 0 < found.high
+
+
 def test_documents_are_drawn_whole() -> None:
     documents: list[str | None] = [f"d{i // 10}" for i in range(100)]
     base = lines([1] * 100, [-1.0] * 100, documents)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,22 @@ def test_a_context_beyond_the_positions_is_refused(
     cell = make_cell(slices=Slices("x", slices.prose, {}), context=4097)
     with pytest.raises(TooLong, match=r"`context=4097` takes 4097 tokens.* has 4096 positions"):
         quality.measure(make_job("quality", cell, tiny_random))
+
+
+def test_a_slice_too_long_for_the_model_is_left_out_and_the_rest_counts(
+    tiny_random: Path,
+    make_cell: Callable[..., Cell],
+    make_job: MakeJob,
+    slices: Slices,
+    tmp_path: Path,
+) -> None:
+    item = {"id": "x", "prompt": "red " * 5000, "choices": ["red", "blue"], "answer": "red"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(item) + "\n")
+    long = replace(slices.items["choice"], path=str(tmp_path / "long.jsonl"))
+    both = Slices("x", None, {"long": long, "choice": slices.items["choice"]})
+    result = quality.measure(make_job("quality", make_cell(slices=both), tiny_random))
+    assert {m.slice for m in result.measurements} == {"choice"}
+    assert "has 4096 positions" in result.observed["left_out"]["long"]
 
 
 def test_a_reply_that_holds_line_ends_is_one_line(tmp_path: Path) -> None:
