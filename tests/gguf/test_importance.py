@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
+from qgrid import calibration
 from qgrid.calibration import BadCalibration
 from qgrid.gguf import convert, importance, layers, quantization
 
@@ -56,7 +57,7 @@ def test_batches_change_nothing(
 ) -> None:
     places = layers.places(tiny_random)
     together = importance.collect(model, ROWS, places)
-    monkeypatch.setattr(importance, "_BATCH_TOKENS", 1)
+    monkeypatch.setattr(calibration, "_BATCH_TOKENS", 1)
     for name, values in importance.collect(model, ROWS, places).items():
         np.testing.assert_allclose(values, together[name], rtol=1e-5)
 
