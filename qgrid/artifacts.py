@@ -81,7 +81,7 @@ def verify(
         verification.check_coverage(contents, cell),
         _check_tokenizer(folder, base, manifest, cache),
         *((verification.check_finite(folder),) if full else ()),
-        verification.check_environment(registry.method(cell.method.name).SUPPORTS),
+        verification.check_environment(registry.support(cell.method)),
     )
 
 

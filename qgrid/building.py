@@ -65,7 +65,7 @@ def made(work: Work) -> Manifest:
         files=hashes,
         sizes={name: (folder / name).stat().st_size for name in names},
         calibration=built.calibration,
-        versions=verification.versions(method.SUPPORTS),
+        versions=verification.versions(registry.support(work.cell.method)),
     )
 
 
@@ -97,7 +97,7 @@ def _described(work: Work, built: Built) -> Manifest:
     ]
     if all(check.ok for check in checks if check.fatal):  # a bad folder may not even load
         checks += _check_reload(work, built)
-    checks.append(verification.check_environment(registry.method(work.cell.method.name).SUPPORTS))
+    checks.append(verification.check_environment(registry.support(work.cell.method)))
     verification.require(checks, what)
     return _manifest(work, contents, tokenizer, checks)
 

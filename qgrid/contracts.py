@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,6 +35,8 @@ class MethodModule(Protocol):
 
     It may also offer, all without torch:
 
+    * `support(options) -> MethodSupport`: what these options change of `SUPPORTS`, such as format
+      and packages;
     * `option_bits(options) -> int | None`: the width that an option implies;
     * `resolved(bits, options) -> Mapping`: the options with what `bits` decides filled in;
     * `calibrates(options) -> bool`: whether these options need the calibration text;
@@ -81,19 +83,74 @@ class Generation:
 class Memory:
     """Bytes by purpose. `weights` counts inner tensors as they are held while computing.
 
-    `peak_bytes` is for an engine on a GPU that does not allocate through torch: all that it held.
+    `peak_bytes` is for an engine whose memory the stage cannot see itself: on a GPU without torch,
+    or in another process. The rest is for engines that set a KV pool aside, which makes their peak
+    a setting and not a need: the pool, the highest memory of activations, all that was reserved,
+    and how many requests of the cell's context the pool holds at once.
     """
 
     weights_bytes: int
     kv_bytes_per_token: int
     peak_bytes: int | None = None
+    kv_pool_bytes: int | None = None
+    activation_peak_bytes: int | None = None
+    reserved_bytes: int | None = None
+    max_concurrency: float | None = None
 
 
 class InvalidEngine(RuntimeError):
     """The engine that came up is not the one that was asked for: the cell is `invalid`."""
 
 
-class Engine(Protocol):
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible server: where requests go.
+
+    `base_url` ends before `/completions`. `extra` goes into every request for text, such as
+    `{"ignore_eos": True}`. `metrics` is the URL of the server's own figures in Prometheus' format.
+    """
+
+    base_url: str
+    model: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    key: str | None = field(default=None, repr=False)
+    metrics: str | None = None
+
+
+class Loaded(Protocol):
+    """What an engine and a server tell of the model that they hold."""
+
+    def memory(self) -> Memory | None:
+        """Bytes held while computing; None where they cannot be known."""
+
+    def kernels(self) -> Mapping[str, int]:
+        """Class names of the linear layers that compute, with counts."""
+
+    def observed(self) -> Mapping[str, Any]:
+        """Device, stored and computed dtypes, KV dtype, attention implementation, threads.
+
+        Also, where the runtime knows: `kernel`, the short name of what multiplies the quantized
+        layers; `linear_kernels`, a list of `{modules, method, scheme, kernel, dtype}`; and
+        `slow_kernel`, one sentence where a faster one exists for this device.
+        """
+
+    def checks(self) -> Sequence[Check]:
+        """What was asked for against what came up; a failed fatal one is `invalid`."""
+
+    def close(self) -> None:
+        """Free what is held."""
+
+
+class Server(Loaded, Protocol):
+    """A model behind an endpoint, for the timing of requests that come over HTTP."""
+
+    endpoint: Endpoint
+
+    def prompt(self, ids: Sequence[int]) -> list[int] | str:
+        """How a prompt goes into a request: token ids, or text that encodes to about as many."""
+
+
+class Engine(Loaded, Protocol):
     """A loaded model. No metric arithmetic happens inside."""
 
     def score(
@@ -111,27 +168,14 @@ class Engine(Protocol):
     ) -> list[Generation]:
         """Greedy continuations of all prompts as one batch; `stop` ids end a request."""
 
-    def memory(self) -> Memory:
-        """Bytes held while computing."""
-
-    def kernels(self) -> Mapping[str, int]:
-        """Class names of the linear layers that compute, with counts."""
-
-    def observed(self) -> Mapping[str, Any]:
-        """Device, stored and computed dtypes, KV dtype, attention implementation, threads."""
-
-    def checks(self) -> Sequence[Check]:
-        """What was asked for against what came up; a failed fatal one is `invalid`."""
-
-    def close(self) -> None:
-        """Free what the engine holds."""
-
 
 class RuntimeModule(Protocol):
     """A file of `qgrid/runtimes/` (or an entry point of the group `qgrid.runtimes`).
 
     It may also offer, without loading anything: `refusal(cell) -> str | None`, which options
     cannot go together (`unsupported`), and `kv_bits(cell) -> float`, bits of a stored key or value.
+    A runtime that serves requests over HTTP offers `serve(artifact, cell, dtype) -> Server`, which
+    the speed stage then times instead of an engine.
     """
 
     LOADS: RuntimeSupport

@@ -23,7 +23,7 @@ def _methods(kind: str) -> Iterator[str]:
         except registry.BrokenModule as error:
             yield f"{name:<14}{error}"
             continue
-        absent = facts.missing(support.packages)
+        absent = facts.missing(support.packages, support.environment)
         state = "works here" if absent is None else absent
         if support.needs_gpu and kind == "cpu":
             state = "needs a GPU to quantize"
@@ -41,7 +41,7 @@ def _runtimes(kind: str) -> Iterator[str]:
             yield f"{name:<14}{error}"
             continue
         readable = {k: v for k, v in loads.loads.items() if k == kind}
-        absent = facts.missing(loads.packages)
+        absent = facts.missing(loads.packages, loads.environment)
         formats = ",".join(next(iter(readable.values()), ("nothing",)))
         state = "works here" if absent is None else absent
         yield f"{name:<14}{state if readable else f'does not run on {kind}'}; loads {formats}"

@@ -18,6 +18,7 @@ from typing import Any
 
 import qgrid
 from qgrid import codec, device
+from qgrid.types import DeviceKind
 
 PACKAGES = (
     "torch",
@@ -48,8 +49,17 @@ class UnknownEnvironment(ValueError):
     """An environment that has no lock file in `qgrid/envs/`."""
 
 
+def lock_name(environment: str, kind: DeviceKind) -> str:
+    """The lock of an environment: its own, or the one for a kind of device (`vllm-cpu`)."""
+    return (
+        environment
+        if (files("qgrid.envs") / f"{environment}.txt").is_file()
+        else f"{environment}-{kind}"
+    )
+
+
 @cache
-def locked_versions(environment: str) -> Mapping[str, str]:
+def locked_versions(environment: str, kind: DeviceKind = "cpu") -> Mapping[str, str]:
     """Distribution -> version that the committed lock of an environment pins.
 
     A distribution is found by the name in the lock and by its normalized name.
@@ -58,7 +68,7 @@ def locked_versions(environment: str) -> Mapping[str, str]:
         UnknownEnvironment: no such lock; the message lists the known ones.
     """
     folder = files("qgrid.envs")
-    lock = folder / f"{environment}.txt"
+    lock = folder / f"{lock_name(environment, kind)}.txt"
     if not lock.is_file():
         known = sorted(
             f.name.removesuffix(".txt") for f in folder.iterdir() if f.name[-4:] == ".txt"

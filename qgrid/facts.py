@@ -14,7 +14,7 @@ from qgrid.calibration import calibration_identity
 from qgrid.estimate import Architecture
 from qgrid.files import HashCache
 from qgrid.measure import slices as slice_files
-from qgrid.types import Calibration, Cell, Gpu, Method, Model, Slices
+from qgrid.types import Calibration, Cell, DeviceKind, Gpu, Method, Model, Slices
 
 T = TypeVar("T")
 
@@ -132,17 +132,21 @@ def _architecture(model: Model) -> Architecture | None:
 
 
 @cache
-def locked(packages: tuple[str, ...], environment_name: str) -> str:
+def locked(packages: tuple[str, ...], environment_name: str, kind: DeviceKind) -> str:
     """Identity of the locked versions of `packages`, the same on a login node and a GPU node."""
-    versions = environment.locked_versions(environment_name)
+    versions = environment.locked_versions(environment_name, kind)
     return codec.digest(
         {name: versions.get(environment.normalized(name), "unlocked") for name in packages}
     )
 
 
 @cache
-def missing(packages: tuple[str, ...]) -> str | None:
+def missing(
+    packages: tuple[str, ...], environment_name: str = "main", kind: DeviceKind = "cpu"
+) -> str | None:
     """One sentence naming what is not installed and the command that installs it, or None."""
+    if environment_name != "main":
+        return f"needs the environment `{environment_name}` ({kind}), which is not built here"
     absent = [name for name in packages if not _installed(name)]
     if not absent:
         return None

@@ -47,11 +47,11 @@ def _refused_width(cell: Cell, support: MethodSupport) -> Refusal | None:
 
 def _refused_packages(cell: Cell, support: MethodSupport) -> Refusal | None:
     loads = registry.runtime(cell.runtime.name).LOADS
-    for name, packages in (
-        (cell.method.name, support.packages),
-        (cell.runtime.name, loads.packages),
+    for name, packages, where in (
+        (cell.method.name, support.packages, support.environment),
+        (cell.runtime.name, loads.packages, loads.environment),
     ):
-        if absent := lookups.missing(packages):
+        if absent := lookups.missing(packages, where, cell.gpu.kind):
             return Refusal("unsupported", "packages", f"`{name}` {absent}")
     if support.needs_gpu and cell.gpu.kind == "cpu":
         reason = f"method `{cell.method.name}` needs a GPU to quantize"

@@ -225,7 +225,7 @@ class Pipeline:
     def _worker(self, stage: Stage, planned: PlannedCell) -> Worker:
         """The warm parent of the environment that the stage's method or runtime names."""
         if stage == "artifact":
-            environment = registry.method(planned.cell.method.name).SUPPORTS.environment
+            environment = registry.support(planned.cell.method).environment
         else:
             environment = registry.runtime(planned.cell.runtime.name).LOADS.environment
         if environment not in self._workers:
@@ -265,7 +265,7 @@ def _distributions(planned: Sequence[PlannedCell]) -> list[str]:
         if each.status is None:
             packages = (
                 *registry.runtime(each.cell.runtime.name).LOADS.packages,
-                *registry.method(each.cell.method.name).SUPPORTS.packages,
+                *registry.support(each.cell.method).packages,
             )
             wanted.update(dict.fromkeys(packages))
     return [name for name in wanted if name in preload.MODULES and name not in preload.BASE]

@@ -52,7 +52,7 @@ def build(choices: Iterable[Choice], facts: Facts) -> list[PlannedCell]:
 
 
 def _planned(choice: Choice, facts: Facts) -> tuple[PlannedCell, legality.Refusal | None]:
-    support = registry.method(choice.method.name).SUPPORTS
+    support = registry.support(choice.method)
     bits, notes = _width(choice, support)
     method = facts.resolved(choice.method, bits)
     cell = Cell(
@@ -152,7 +152,7 @@ def _identified(cell: Cell, facts: Facts, added: bool) -> PlannedCell:
 
 
 def _artifact_id(cell: Cell, facts: Facts) -> str:
-    support = registry.method(cell.method.name).SUPPORTS
+    support = registry.support(cell.method)
     calibrated = cell.calibration is not None
     return codec.digest(
         [
@@ -161,7 +161,7 @@ def _artifact_id(cell: Cell, facts: Facts) -> str:
             cell.bits,
             facts.calibration(cell.calibration) if cell.calibration is not None else None,
             cell.seed if calibrated else None,
-            lookups.locked(support.packages, support.environment),
+            lookups.locked(support.packages, support.environment, cell.gpu.kind),
         ]
     )
 
@@ -175,7 +175,7 @@ def _quality_id(cell: Cell, artifact_id: str, base_artifact_id: str, facts: Fact
             cell.runtime.name,
             cell.runtime.dtype,
             facts.digest(cell.runtime.options),
-            lookups.locked(runtime.packages, runtime.environment),
+            lookups.locked(runtime.packages, runtime.environment, cell.gpu.kind),
             cell.kv_cache.name,
             cell.gpu.kind if cell.gpu.capability is None else cell.gpu.capability,
             cell.context,
@@ -197,7 +197,7 @@ def _baseline(planned: PlannedCell, facts: Facts) -> PlannedCell:
         return planned
     predicted = _predicted(cell, facts)
     added = replace(_identified(cell, facts, added=True), predicted=predicted)
-    refusal = legality.refusal(cell, registry.method(cell.method.name).SUPPORTS, predicted, facts)
+    refusal = legality.refusal(cell, registry.support(cell.method), predicted, facts)
     if refusal is None:
         return added
     return replace(added, status=refusal.status, reason=refusal.reason)

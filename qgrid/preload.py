@@ -62,7 +62,7 @@ def needs(path: Path) -> tuple[str, tuple[str, ...]]:
         job = codec.loads(Job, path.read_bytes())
         cell = job.planned.cell
         runtime = registry.runtime(cell.runtime.name).LOADS.packages
-        method = registry.method(cell.method.name).SUPPORTS.packages
+        method = registry.support(cell.method).packages
     except Exception:  # noqa: BLE001 - a user's module may fail in any way; the child reports it
         return "artifact", ()
     own = () if job.stage == "speed" else OWN

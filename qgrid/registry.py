@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:
     from qgrid.contracts import MethodModule, RuntimeModule
+    from qgrid.types import Method, MethodSupport
 
 Kind = Literal["methods", "runtimes"]
 
@@ -45,6 +46,13 @@ def method(name: str) -> MethodModule:
         BrokenModule: its module cannot be imported.
     """
     return cast("MethodModule", _load("methods", name))
+
+
+def support(chosen: Method) -> MethodSupport:
+    """What a method can make with its options: its `SUPPORTS`, or what its hook `support` says."""
+    module = method(chosen.name)
+    own = getattr(module, "support", None)
+    return module.SUPPORTS if own is None else cast("MethodSupport", own(chosen.options))
 
 
 def runtime(name: str) -> RuntimeModule:

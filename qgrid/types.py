@@ -133,15 +133,29 @@ class Slices:
 
 
 @dataclass(frozen=True)
+class Slo:
+    """What a user of a served model is promised, in milliseconds; None: not promised."""
+
+    ttft_ms: PositiveFloat | None = None
+    itl_ms: PositiveFloat | None = None  # of a request: the mean over its tokens, as TPOT
+    e2e_latency_ms: PositiveFloat | None = None
+
+
+@dataclass(frozen=True)
 class Workload:
     """The shape of a timing run. Prompts are unique; end-of-sequence is ignored."""
 
     name: str
     prompt_tokens: PositiveInt
     output_tokens: PositiveInt
-    concurrency: tuple[PositiveInt, ...]  # batch 1 is always measured, and first
+    concurrency: tuple[PositiveInt, ...]  # closed loop: users at once; 1 is always measured, first
     warmup: NonNegativeInt
     repeats: PositiveInt
+    rounds: PositiveInt = 1  # requests that each user sends in a repeat, one after the other
+    request_rates: tuple[PositiveFloat, ...] = ()  # open loop: Poisson arrivals a second
+    rate_requests: PositiveInt = 32  # of one repeat of an open loop
+    deadline_seconds: PositiveFloat = 600.0  # of one request; later it counts as failed
+    slo: Slo = Slo()
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def check_manifest(manifest: Manifest, contents: Contents, artifact_id: str, cel
 def check_bits(contents: Contents, cell: Cell) -> Check:
     """The format and the stored bits of every linear layer are those that were asked for."""
     method = registry.method(cell.method.name)
-    wanted = method.SUPPORTS.produces[cell.bits]
+    wanted = registry.support(cell.method).produces[cell.bits]
     expected = _expected_bits(method, cell, contents.shapes)
     wrong = [] if contents.format == wanted else [f"format {contents.format}"]
     for name, state in contents.modules.items():

@@ -63,6 +63,7 @@ def measure(job: Job) -> StageResult:
             samples = timed(engine, cell.workload, vocabulary(Path(job.artifact)), cell.seed)
     with phases("summary"):
         memory = engine.memory()
+        assert memory is not None  # an engine in this process knows
         held = {
             "resident_weights_bytes": memory.weights_bytes,
             "kv_bytes_per_token": memory.kv_bytes_per_token,
