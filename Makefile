@@ -8,9 +8,11 @@ ARGS ?=
 
 LOCKS := qgrid/envs/main.txt
 DEV_LOCK := qgrid/envs/dev.txt
+RECIPES := $(wildcard qgrid/envs/*.toml)
+export TORCH_ARGS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test test-gpu test-system lint bench model clean help
+.PHONY: run test test-gpu test-system environments lint bench model clean help
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -18,12 +20,16 @@ help:  ## what there is
 run: $(VENV)/main.stamp  ## install if needed, run the default grid, print where the result is
 	@$(BIN)/python -m qgrid +sweeps=demo $(ARGS)
 
-test: $(VENV)/dev.stamp lint  ## all checks and tests
+test: $(VENV)/dev.stamp lint environments  ## all checks and tests
 	@command -v chromium >/dev/null || echo "note: chromium is missing, so its tests skip; run 'make test-system'"
 	$(BIN)/python -m pytest $(ARGS)
 
 test-gpu: $(VENV)/dev.stamp  ## the CUDA paths, on a machine with a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# Some runtimes cannot share the main environment; each is built once for its lock, outside the checkout.
+environments: $(VENV)/main.stamp  ## the environments of these runtimes (`python -m qgrid setup`)
+	@for each in $(RECIPES); do $(BIN)/python -m qgrid setup $$(basename $$each .toml) || exit 1; done
 
 lint: $(VENV)/dev.stamp  ## ruff and mypy, strict
 	$(BIN)/ruff check .
@@ -60,7 +66,7 @@ $(VENV)/main.stamp: $(LOCKS) pyproject.toml qgrid/envs/wheels.py | $(VENV)/bin/p
 	@echo "installing into $(VENV): some minutes ..."
 	@CMAKE_ARGS="$$(cat $(VENV)/cmake.txt 2>/dev/null)" \
 		$(BIN)/python -m qgrid.envs.wheels > $(VENV)/wheels.txt & \
-	grep -v '^llama-cpp-python==' $(LOCKS) > $(VENV)/requirements.txt; \
+	$(BIN)/python -m qgrid.envs.wheels --rest > $(VENV)/requirements.txt; \
 	$(BIN)/python -m pip install -q $(TORCH_ARGS) $$(grep '^torch==' $(LOCKS)) && \
 	$(BIN)/python -m pip install -q -r $(VENV)/requirements.txt && \
 	$(BIN)/python -m pip install -q --no-deps -e . ; \

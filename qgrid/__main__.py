@@ -19,7 +19,8 @@ qgrid measures quantized language models: which one do you ship?
   python -m qgrid report [SWEEP]          rewrite and print the tables of a sweep from its records
   python -m qgrid sync [SWEEP]            replay records into Weights & Biases
   python -m qgrid workspace               save the W&B workspace with parallel coordinates (login)
-  python -m qgrid doctor                  which methods and runtimes work here
+  python -m qgrid doctor                  which methods, runtimes and environments work
+  python -m qgrid setup [NAME]            build an environment that a runtime needs, or list them
 
 A key with several values makes a grid of all combinations. Keys and choices:
 {choices}
@@ -97,12 +98,25 @@ def _doctor(arguments: list[str]) -> int:
     return 0
 
 
+def _setup(arguments: list[str]) -> int:
+    from qgrid.envs import construct, locks, setup
+
+    try:
+        return setup.main(arguments)
+    except (setup.WrongSetup, locks.UnknownEnvironment) as error:
+        return _wrong(str(error))
+    except construct.NotBuilt as error:
+        print(f"qgrid: {error}", file=sys.stderr)
+        return 1
+
+
 VERBS: dict[str | None, Callable[[list[str]], int]] = {
     "plan": _plan,
     "report": _report,
     "sync": _sync,
     "workspace": _workspace,
     "doctor": _doctor,
+    "setup": _setup,
 }
 
 

@@ -6,9 +6,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from qgrid import codec, inspection, models, registry, verification
+from qgrid import codec, inspection, models, registry, verification, weightless
 from qgrid.building import Work, made
 from qgrid.files import HashCache, built_aside, locked, write_atomic
 from qgrid.fingerprint import fingerprint
@@ -16,7 +17,16 @@ from qgrid.measure.process_memory import Peak
 from qgrid.types import Check, Job, Manifest, Measurement, PlannedCell, StageResult
 from qgrid.verification import BadArtifact, require
 
-__all__ = ["BadArtifact", "build", "exists", "folder_of", "load_manifest", "require", "verify"]
+__all__ = [
+    "BadArtifact",
+    "build",
+    "exists",
+    "folder_of",
+    "load_manifest",
+    "measured",
+    "require",
+    "verify",
+]
 
 MANIFEST = "manifest.json"
 
@@ -67,11 +77,14 @@ def verify(
     except (OSError, codec.InvalidValue) as error:
         return (Check("files", False, "a readable manifest.json", str(error)),)
     files = verification.check_files(folder, manifest, lambda p: cache.sha256(p, fresh=full))
+    cell = planned.cell
+    base = models.located(cell.model)
+    if weightless.holds_none(cell.method):
+        own = weightless.check_manifest(manifest, planned)
+        return files, own, _check_tokenizer(folder, base, manifest, cache)
     whole = verification.check_whole(folder)  # whatever the manifest says
     if not (files.ok and whole.ok):
         return (files if not files.ok else whole,)
-    cell = planned.cell
-    base = models.located(cell.model)
     contents = inspection.inspect(folder, base, cell.method.name)
     return (
         files,
@@ -107,8 +120,11 @@ def _built(target: Path, job: Job) -> StageResult:
     begin = time.perf_counter()
     cell = job.planned.cell
     cache = HashCache(Path(job.store) / "hashes.json")
-    with built_aside(target) as folder:
-        work = Work(job.planned, models.resolve(cell.model), folder, cache, {})
+    with built_aside(target) as folder, TemporaryDirectory() as fetched:
+        needs_none = weightless.holds_none(cell.method)
+        model = cell.model
+        source = models.described(model, Path(fetched)) if needs_none else models.resolve(model)
+        work = Work(job.planned, source, folder, cache, {})
         with Peak(cell.gpu.kind) as peak:
             manifest = made(work)
         took = time.perf_counter() - begin
@@ -130,10 +146,17 @@ def _result(manifest: Manifest, seconds: Mapping[str, float], reused: bool) -> S
         "build_seconds": manifest.seconds,
         "build_peak_memory_bytes": manifest.peak_memory_bytes,
     }
+    found = measured(manifest)
+    return StageResult("artifact", found, manifest.checks, observed, seconds=dict(seconds))
+
+
+def measured(manifest: Manifest) -> tuple[Measurement, ...]:
+    """Size and widths of an artifact; nothing of one that holds no weights."""
+    if manifest.bits_per_weight is None or manifest.linear_bits_per_weight is None:
+        return ()
     size = sum(manifest.sizes.values())
-    measurements = (
+    return (
         Measurement("size_on_disk_bytes", float(size), "bytes"),
         Measurement("bits_per_weight", manifest.bits_per_weight, "bits"),
         Measurement("linear_bits_per_weight", manifest.linear_bits_per_weight, "bits"),
     )
-    return StageResult("artifact", measurements, manifest.checks, observed, seconds=dict(seconds))

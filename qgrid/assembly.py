@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from qgrid.metrics import METRICS
+from qgrid import artifacts, registry
 from qgrid.pipeline import Outcome
 from qgrid.types import (
     FAILURES,
@@ -60,7 +60,7 @@ def measured(
         artifact={} if outcome.manifest is None else artifact_summary(outcome.manifest),
         measurements=(*_stage_measurements(planned, outcome), *changes),
         checks=_checks(outcome),
-        observed=_observed(outcome, found),
+        observed=_observed(planned, outcome, found),
         environment={**environment, "stages": _environments(outcome)},
         timings=_timings(outcome),
         notes=tuple(dict.fromkeys([*planned.notes, *outcome.notes, *notes, *others])),
@@ -77,7 +77,8 @@ def artifact_summary(manifest: Manifest) -> dict[str, Any]:
     whole = asdict(replace(manifest, modules={}))
     dropped = {"artifact_id", "model", "method", "checks", "modules"}
     kept = {name: value for name, value in whole.items() if name not in dropped}
-    return kept | {"modules": modules, "size_bytes": sum(manifest.sizes.values())}
+    size = None if manifest.bits_per_weight is None else sum(manifest.sizes.values())
+    return kept | {"modules": modules, "size_bytes": size}
 
 
 def own_seconds(result: StageResult) -> float:
@@ -129,17 +130,8 @@ def _stage_measurements(planned: PlannedCell, outcome: Outcome) -> list[Measurem
         if not (orphan and measurement.metric == "kld_floor")
     ]
     known = {measurement.metric for measurement in found}
-    sizes = [] if outcome.manifest is None else _sizes(outcome.manifest)
+    sizes = () if outcome.manifest is None else artifacts.measured(outcome.manifest)
     return [*(size for size in sizes if size.metric not in known), *found]
-
-
-def _sizes(manifest: Manifest) -> list[Measurement]:
-    values = {
-        "size_on_disk_bytes": float(sum(manifest.sizes.values())),
-        "bits_per_weight": manifest.bits_per_weight,
-        "linear_bits_per_weight": manifest.linear_bits_per_weight,
-    }
-    return [Measurement(name, value, METRICS[name].unit) for name, value in values.items()]
 
 
 def _checks(outcome: Outcome) -> tuple[Check, ...]:
@@ -149,9 +141,12 @@ def _checks(outcome: Outcome) -> tuple[Check, ...]:
     return tuple({check.name: check for check in (*built, *outcome.checks, *of_stages)}.values())
 
 
-def _observed(outcome: Outcome, found: Gpu) -> dict[str, Any]:
+def _observed(planned: PlannedCell, outcome: Outcome, found: Gpu) -> dict[str, Any]:
     stages = {stage: dict(result.observed) for stage, result in outcome.results.items()}
-    return {"device": asdict(found), **{stage: seen for stage, seen in stages.items() if seen}}
+    cell = planned.cell
+    remote = registry.runtime(cell.runtime.name).LOADS.remote
+    device = asdict(cell.gpu) | {"stated": True} if remote else asdict(found)
+    return {"device": device, **{stage: seen for stage, seen in stages.items() if seen}}
 
 
 def _environments(outcome: Outcome) -> dict[str, Any]:

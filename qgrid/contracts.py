@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
     from qgrid.types import Cell, Check, MethodSupport, RuntimeSupport
@@ -72,11 +74,36 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class TopScores:
+    """Natural log-probabilities of the likeliest tokens only, `(rows, k)` of the tokens `ids`.
+
+    Likeliest first. `chosen` `(rows,)` is that of the token that stands there, which need not be
+    among them. `k` is 0 where the server does not tell the others apart. `error` says why there
+    are no rows: a server gave no answer.
+    """
+
+    sequence: int
+    start: int
+    ids: npt.NDArray[np.int64]
+    logprobs: npt.NDArray[np.float64]
+    chosen: npt.NDArray[np.float64]
+    error: str | None = None
+
+
+class NoLogprobs(RuntimeError):
+    """The engine gives no log-probabilities of a text: what needs them is left out."""
+
+
+@dataclass(frozen=True)
 class Generation:
-    """New token ids of one request and the seconds from request to each of them."""
+    """New token ids of one request and the seconds from request to each of them.
+
+    `error` says why there are none: a server gave no answer.
+    """
 
     ids: tuple[int, ...]
     seconds: tuple[float, ...]
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +135,8 @@ class Endpoint:
 
     `base_url` ends before `/completions`. `extra` goes into every request for text, such as
     `{"ignore_eos": True}`. `metrics` is the URL of the server's own figures in Prometheus' format.
+    `own`: the runtime started the server for this cell alone, below this process: a request of
+    another length than asked for makes the cell `invalid`, and its processor time is the cell's.
     """
 
     base_url: str
@@ -115,6 +144,7 @@ class Endpoint:
     extra: Mapping[str, Any] = field(default_factory=dict)
     key: str | None = field(default=None, repr=False)
     metrics: str | None = None
+    own: bool = False
 
 
 class Loaded(Protocol):
@@ -151,16 +181,24 @@ class Server(Loaded, Protocol):
 
 
 class Engine(Loaded, Protocol):
-    """A loaded model. No metric arithmetic happens inside."""
+    """A loaded model. No metric arithmetic happens inside.
+
+    One that knows only the likeliest tokens has `truncated = True`: its rows are `TopScores`. It
+    may offer `chosen(sequences, keep) -> Iterator[TopScores]`, as `score`, for when the lists are
+    not wanted (k = 0). `positions`, where it has that, is the longest sequence that it takes.
+    """
 
     def score(
         self, sequences: Sequence[Sequence[int]], keep: Sequence[int], prefix: Sequence[int] = ()
-    ) -> Iterator[Scores]:
+    ) -> Iterator[Scores] | Iterator[TopScores]:
         """Distributions of the last `keep[i]` tokens of every sequence, in order of sequences.
 
         A long sequence arrives in several chunks of at most 512 rows. `prefix` is prefilled once
         and precedes every sequence. `keep[i]` is at most `len(sequences[i])`, less one without a
         prefix (the first token has no context).
+
+        Raises:
+            NoLogprobs: the engine has none to give.
         """
 
     def generate(
@@ -176,6 +214,11 @@ class RuntimeModule(Protocol):
     cannot go together (`unsupported`), and `kv_bits(cell) -> float`, bits of a stored key or value.
     A runtime that serves requests over HTTP offers `serve(artifact, cell, dtype) -> Server`, which
     the speed stage then times instead of an engine.
+
+    `baseline_options(options) -> options | None`: the options that a cell's baseline has; None: the
+    cell is its own baseline. `quality_options(options)`: those that can change a number of
+    quality; the others enter only the cell's id. `price(cell) -> Measurement | None`: what the
+    workload's tokens cost by a price list, with no GPU to rent.
     """
 
     LOADS: RuntimeSupport

@@ -13,10 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from qgrid import assembly, device, environment, records, redact, timing
+from qgrid import assembly, device, environment, records, redact, registry, timing
 from qgrid.pipeline import Pipeline
 from qgrid.progress import Progress
-from qgrid.types import FAILURES, FINAL, PlannedCell, Record, Settings, Tracking
+from qgrid.types import FAILURES, FINAL, Cell, Gpu, PlannedCell, Record, Settings, Tracking
 
 if TYPE_CHECKING:
     from qgrid import tracking
@@ -100,7 +100,7 @@ class Sweep:
         if planned.status is not None:
             stays = record is not None and (record.status in MEASURED or _says(record, planned))
             return "done" if stays else "refuse"
-        if not device.matches(planned.cell.gpu, self._found):
+        if not _may_run_here(planned.cell, self._found):
             # what the right device has found out stays
             return "wrong_device" if record is None or record.status in UNRUN else "done"
         if record is None or self._settings.fresh or self._is_wanted_again(record):
@@ -211,6 +211,12 @@ class _Mirror:
             self._mirror = None
             reason = redact.text(f"{type(error).__name__}: {error}")
             self._progress.line(f"tracking is off for the rest of this run: {reason}")
+
+
+def _may_run_here(cell: Cell, found: Gpu) -> bool:
+    """Whether this machine is the planned one, or has nothing to do with it."""
+    remote = registry.runtime(cell.runtime.name).LOADS.remote
+    return remote or device.matches(cell.gpu, found)
 
 
 def _says(record: Record, planned: PlannedCell) -> bool:

@@ -10,15 +10,21 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import qgrid
 from qgrid import codec, device
+from qgrid.envs import builds, locks, recipes
+from qgrid.envs.locks import UnknownEnvironment, lock_name, normalized
 from qgrid.types import DeviceKind
+
+__all__ = ["UnknownEnvironment", "lock_name", "normalized"]
+
+ABSENT = "absent"  # in the place of a version
+NAME = "QGRID_ENVIRONMENT"  # variable of a worker: the environment that it runs in
 
 PACKAGES = (
     "torch",
@@ -38,52 +44,64 @@ PACKAGES = (
     "torchao",
     "llama-cpp-python",
     "vllm",
+    "triton",
+    "flashinfer-python",
     "hydra-core",
     "omegaconf",
 )
 CPU_FLAGS = re.compile(r"avx|amx|fma|f16c|neon|asimd|sve|bf16")
-LOCK_LINE = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[^\s;#]+)")
-
-
-class UnknownEnvironment(ValueError):
-    """An environment that has no lock file in `qgrid/envs/`."""
-
-
-def lock_name(environment: str, kind: DeviceKind) -> str:
-    """The lock of an environment: its own, or the one for a kind of device (`vllm-cpu`)."""
-    return (
-        environment
-        if (files("qgrid.envs") / f"{environment}.txt").is_file()
-        else f"{environment}-{kind}"
-    )
 
 
 @cache
 def locked_versions(environment: str, kind: DeviceKind = "cpu") -> Mapping[str, str]:
-    """Distribution -> version that the committed lock of an environment pins.
+    """Distribution -> version that the committed lock of an environment pins, its stubs included.
 
     A distribution is found by the name in the lock and by its normalized name.
 
     Raises:
         UnknownEnvironment: no such lock; the message lists the known ones.
     """
-    folder = files("qgrid.envs")
-    lock = folder / f"{lock_name(environment, kind)}.txt"
-    if not lock.is_file():
-        known = sorted(
-            f.name.removesuffix(".txt") for f in folder.iterdir() if f.name[-4:] == ".txt"
-        )
-        raise UnknownEnvironment(
-            f"environment `{environment}` has no lock in qgrid/envs (has: {', '.join(known)})"
-        )
-    lines = map(LOCK_LINE.match, lock.read_text(encoding="utf-8").splitlines())
-    pins = {line["name"]: line["version"] for line in lines if line}
+    pins = dict(locks.pins(environment, kind))
+    if environment != recipes.MAIN and environment in recipes.names():
+        pins |= recipes.recipe(environment, kind).stubs
     return pins | {normalized(name): pinned for name, pinned in pins.items()}
 
 
-def normalized(name: str) -> str:
-    """A distribution's name as package indexes compare it: `Foo_Bar` is `foo-bar`."""
-    return re.sub(r"[-_.]+", "-", name).lower()
+def current() -> str:
+    """The environment that this process runs in."""
+    return os.environ.get(NAME, recipes.MAIN)
+
+
+def kind_here(environment: str) -> DeviceKind:
+    """The kind of device whose lock counts here; the main lock is for all, so nobody is asked."""
+    return "cpu" if environment == recipes.MAIN else device.describe().kind
+
+
+def installed(names: Iterable[str], environment: str, kind: DeviceKind) -> dict[str, str]:
+    """Version of each of these distributions in an environment; of one that is absent, `absent`.
+
+    Another environment than this process's is read from its metadata, without starting it.
+    """
+    if environment == current():
+        return {name: _version(name) for name in names}
+    found = _versions_of(environment, kind)
+    return {name: found.get(normalized(name), ABSENT) for name in names}
+
+
+@cache
+def _versions_of(environment: str, kind: DeviceKind) -> Mapping[str, str]:
+    if environment not in recipes.names():
+        return {}  # the main one, seen from another: its place is not known here
+    build = builds.find(recipes.recipe(environment, kind))
+    return {} if build is None else build.versions()
+
+
+@cache
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ABSENT
 
 
 def versions() -> dict[str, str]:
@@ -97,16 +115,32 @@ def versions() -> dict[str, str]:
     return found
 
 
-def deviations(environment: str = "main") -> dict[str, str]:
-    """Packages whose installed version is not the locked one: name -> "installed (locked ...)".
+def deviations(environment: str = recipes.MAIN, kind: DeviceKind = "cpu") -> dict[str, str]:
+    """Packages here whose version is not the locked one: name -> "installed (locked ...)".
 
     A local build tag (`2.13.0+cpu`) is not a deviation.
     """
-    locked = locked_versions(environment)
+    locked = locked_versions(environment, kind)
     return {
         name: f"{version} (locked {locked[normalized(name)]})"
         for name, version in versions().items()
-        if normalized(name) in locked and version.split("+")[0] != locked[normalized(name)]
+        if normalized(name) in locked and not locks.same(version, locked[normalized(name)])
+    }
+
+
+def own_part() -> dict[str, Any]:
+    """What a stage's result says when it ran in another environment than qgrid itself (P15)."""
+    name = current()
+    if name == recipes.MAIN:
+        return {}
+    kind = kind_here(name)
+    return {
+        "environment": name,
+        "lock": lock_name(name, kind),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "not_locked": deviations(name, kind),
+        "cuda": cuda_version(),
     }
 
 
@@ -191,7 +225,7 @@ def cuda_version() -> str | None:
 
 def git_commit() -> str | None:
     """Commit of the checkout that qgrid runs from ("-dirty": with changes); None: no checkout."""
-    root = Path(qgrid.__file__).parents[1]
+    root = Path(qgrid.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     try:

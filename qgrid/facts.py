@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from qgrid import codec, device, environment, models, registry
 from qgrid.calibration import calibration_identity
+from qgrid.envs import builds, recipes
 from qgrid.estimate import Architecture
 from qgrid.files import HashCache
 from qgrid.measure import slices as slice_files
@@ -19,6 +20,7 @@ from qgrid.types import Calibration, Cell, DeviceKind, Gpu, Method, Model, Slice
 T = TypeVar("T")
 
 
+REMOTE = Gpu("remote", "cpu", "", None, 0.0, None, 1)  # where a server computes; nobody said what
 AUTO = Gpu("auto", "cpu", "", None, 0.0, None, 1)  # `conf/gpu/auto.yaml`
 
 
@@ -84,8 +86,8 @@ class Facts:
         """The model's sizes where its `config.json` is on this machine, else None."""
         return self._once("architecture", model, _architecture)
 
-    def gpu(self, gpu: Gpu) -> Gpu:
-        """`gpu=auto` as this machine, any other as it is.
+    def gpu(self, gpu: Gpu, remote: bool = False) -> Gpu:
+        """`gpu=auto` as this machine (`remote`: as an unknown one), any other as it is.
 
         Raises:
             FixedDevice: keys of `gpu=auto` were overridden.
@@ -97,7 +99,7 @@ class Facts:
                 "`gpu=auto` is this machine as it is found, so `gpu.*` cannot be overridden; "
                 "choose a device, such as `gpu=h100`, to change its keys"
             )
-        return self.machine
+        return REMOTE if remote else self.machine
 
     @cached_property
     def machine(self) -> Gpu:
@@ -145,14 +147,29 @@ def missing(
     packages: tuple[str, ...], environment_name: str = "main", kind: DeviceKind = "cpu"
 ) -> str | None:
     """One sentence naming what is not installed and the command that installs it, or None."""
-    if environment_name != "main":
-        return f"needs the environment `{environment_name}` ({kind}), which is not built here"
+    if environment_name != recipes.MAIN:
+        return _missing_elsewhere(packages, environment_name, kind)
     absent = [name for name in packages if not _installed(name)]
     if not absent:
         return None
     pins = environment.locked_versions("main")
     wanted = [f"{name}=={pins[name]}" if name in pins else name for name in absent]
     return f"needs {', '.join(absent)}; run `pip install {shlex.join(wanted)}`"
+
+
+def _missing_elsewhere(packages: tuple[str, ...], name: str, kind: DeviceKind) -> str | None:
+    """The same of an environment that `setup` builds; what another machine has is not known."""
+    try:
+        recipe = recipes.recipe(name, kind)
+    except environment.UnknownEnvironment as error:
+        return str(error)
+    pins = environment.locked_versions(name, kind)
+    absent = [each for each in packages if environment.normalized(each) not in pins]
+    if absent:
+        return f"needs {', '.join(absent)}, which `{recipe.lock}` does not lock"
+    if kind == device.describe().kind and builds.find(recipe) is None:
+        return f"needs the environment `{name}`; run `{builds.command(recipe)}`"
+    return None
 
 
 def _installed(distribution: str) -> bool:

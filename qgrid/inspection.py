@@ -128,7 +128,7 @@ def is_decoder_linear(module: str) -> bool:
 
 def stored_linears(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """Linear layers from the shapes that a quantized folder keeps itself."""
-    found = decoder_linears(tensors)
+    found = decoder_linears(tensors) | _native_linears(tensors)
     for path in weight_files(folder):
         for name, (tensor, start) in read_header(path).items():
             module, _, part = name.partition(".weight")
@@ -137,6 +137,24 @@ def stored_linears(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tup
             elif part == "" and tensor.dtype == "I8" and len(tensor.shape) == 2:
                 found[module] = (tensor.shape[0], tensor.shape[1])
     return found
+
+
+def _native_linears(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Layers of a `gptq` or `awq` checkpoint: rows by scales, columns by codes."""
+    found = {}
+    for name, codes in tensors.items():
+        module, _, part = name.rpartition(".")
+        if part != "qweight":
+            continue
+        rows = tensors[f"{module}.scales"].shape[1]
+        places = tensors.get(f"{module}.g_idx")
+        found[module] = (rows, codes.shape[0] if places is None else places.shape[0])
+    return found
+
+
+def _native_format(codes: Tensor, scales: Tensor) -> str:
+    """`gptq` packs along a row of weights, so that its codes are as wide as the scales."""
+    return "gptq" if codes.shape[1] == scales.shape[1] else "awq"
 
 
 def _kept_shape(path: Path, start: int, tensor: Tensor) -> tuple[int, int]:
@@ -179,18 +197,32 @@ def stored_format(folder: Path, tensors: Mapping[str, Tensor]) -> str:
     """The format by what the tensors are; `config.json` only names it where they agree."""
     if is_gguf(folder):
         return "gguf"
-    names = tensors.keys()
-    if any(name.endswith(".weight_packed") for name in names):
-        return str(quantization_config(folder).get("format", "pack-quantized"))
-    if any("quant_state.bitsandbytes__" in name for name in names):
-        kinds = {name.rpartition("__")[2] for name in names if "quant_state.bitsandbytes__" in name}
-        return f"bitsandbytes-{'+'.join(sorted(kinds))}"
-    if any(name.endswith(".SCB") for name in names):
-        return "bitsandbytes-int8"
-    if any(name.endswith(".weight_scale") for name in names):
-        return str(quantization_config(folder).get("format", "quantized"))
+    for suffix, default in _COMPRESSED.items():
+        if any(name.endswith(suffix) for name in tensors):
+            return str(quantization_config(folder).get("format", default))
+    others = _bitsandbytes_format(tensors) or _packed_format(tensors)
+    if others is not None:
+        return others
     floats = {t.dtype for t in tensors.values() if t.dtype in FLOATS}
     return "safetensors-16bit" if floats <= FLOATS_16 else "safetensors-32bit"
+
+
+_COMPRESSED = {".weight_packed": "pack-quantized", ".weight_scale": "quantized"}
+
+
+def _bitsandbytes_format(tensors: Mapping[str, Tensor]) -> str | None:
+    kinds = {name.rpartition("__")[2] for name in tensors if "quant_state.bitsandbytes__" in name}
+    if kinds:
+        return f"bitsandbytes-{'+'.join(sorted(kinds))}"
+    return "bitsandbytes-int8" if any(name.endswith(".SCB") for name in tensors) else None
+
+
+def _packed_format(tensors: Mapping[str, Tensor]) -> str | None:
+    """`gptq` or `awq`, by the first layer that is packed."""
+    codes = next((name for name in tensors if name.endswith(".qweight")), None)
+    if codes is None:
+        return None
+    return _native_format(tensors[codes], tensors[codes.removesuffix("qweight") + "scales"])
 
 
 def _modules(
@@ -232,7 +264,8 @@ def module_format(parts: Mapping[str, Tensor]) -> str:
     if "SCB" in parts:
         return "bitsandbytes-int8"
     if "weight" not in parts:
-        return "missing"
+        native = "qweight" in parts and "scales" in parts
+        return _native_format(parts["qweight"], parts["scales"]) if native else "missing"
     dtype = parts["weight"].dtype
     if dtype in FLOATS_16:
         return "16bit"

@@ -139,12 +139,19 @@ def _no_such_width(method: str, bits: int, support: MethodSupport) -> str:
     others = [
         name
         for name, other in registry.working("methods").items()
-        if name != method and bits in other.SUPPORTS.bits
+        if name != method and bits in other.SUPPORTS.bits and other.SUPPORTS.stores_weights
     ]
     advice = f"; use `method={others[0]}`" if others else ""
     if len(others) > 1:
         advice = f"; methods with {bits} bits: {', '.join(others)}"
-    return f"method `{method}` has no `bits={bits}` (has: {_list(support.bits)}){advice}"
+    has = _list(support.bits)
+    if bits in registry.method(method).SUPPORTS.bits:  # the options ask for something narrower
+        every = _list(registry.method(method).SUPPORTS.bits)
+        return (
+            f"method `{method}` with these options has no `bits={bits}` (has: {has}); its defaults "
+            f"have {every}{advice}"
+        )
+    return f"method `{method}` has no `bits={bits}` (has: {has}){advice}"
 
 
 def _list(names: Iterable[object]) -> str:

@@ -27,6 +27,12 @@ METRICS: dict[str, Metric] = {
     "kld_mean": Metric(
         "nats", "lower", "KLD", "Mean over tokens of KL(baseline || cell), full vocabulary."
     ),
+    "kld_topk_mean": Metric(
+        "nats",
+        "lower",
+        "KLD top-k",
+        "Mean KL(baseline || cell) over tokens in both top-k lists and one rest: a lower bound.",
+    ),
     "kld_median": Metric("nats", "lower", "KLD median", "Median of the per-token KL divergence."),
     "kld_p90": Metric("nats", "lower", "KLD p90", "90th percentile of the per-token KL."),
     "kld_p95": Metric("nats", "lower", "KLD p95", "95th percentile of the per-token KL."),
@@ -67,6 +73,12 @@ METRICS: dict[str, Metric] = {
     "mcnemar_p": Metric(
         "1", "neither", "p", "Exact one-sided McNemar p of the flips for the worse."
     ),
+    "failed_items": Metric(
+        "items",
+        "lower",
+        "no answer",
+        "Items that a server gave no answer to; kept out of the rest.",
+    ),
     # size and memory
     "size_on_disk_bytes": Metric("bytes", "lower", "size", "Bytes of all files of the artifact."),
     "bits_per_weight": Metric(
@@ -82,12 +94,42 @@ METRICS: dict[str, Metric] = {
     "peak_memory_bytes": Metric(
         "bytes", "lower", "peak", "Highest memory of the speed stage above its start."
     ),
+    "kv_pool_bytes": Metric(
+        "bytes", "neither", "KV pool", "Bytes that the engine sets aside for KV cache."
+    ),
+    "activation_peak_bytes": Metric(
+        "bytes", "lower", "activations", "Highest memory of activations, as the engine found it."
+    ),
+    "reserved_bytes": Metric(
+        "bytes", "neither", "reserved", "All memory that the engine reserves, needed or not."
+    ),
+    "max_concurrency": Metric(
+        "requests", "higher", "in pool", "Requests of the cell's context that the KV pool holds."
+    ),
     # speed
     "prefill_throughput": Metric(
-        "tok/s", "higher", "prefill", "Prompt tokens over time to first token, all requests."
+        "tok/s",
+        "higher",
+        "prefill",
+        "Prompt tokens over time in which a request waits for a token.",
     ),
     "decode_throughput": Metric(
-        "tok/s", "higher", "decode", "Output tokens after the first over decode time, all requests."
+        "tok/s", "higher", "decode", "Tokens over time in which no request waits for its first."
+    ),
+    "output_throughput": Metric(
+        "tok/s", "higher", "output", "Output tokens over the time from first send to last token."
+    ),
+    "total_throughput": Metric(
+        "tok/s", "higher", "total", "Prompt and output tokens over the same time."
+    ),
+    "request_throughput": Metric(
+        "req/s", "higher", "requests", "Requests that did not fail over the same time."
+    ),
+    "goodput": Metric(
+        "req/s", "higher", "goodput", "Requests inside all that is promised over the same time."
+    ),
+    "failed_requests": Metric(
+        "requests", "lower", "failed", "Requests without a whole answer; in no other figure."
     ),
     "ttft_ms": Metric("ms", "lower", "TTFT", "Time from request to first token."),
     "itl_ms": Metric("ms", "lower", "ITL", "Time between two tokens of one request."),
@@ -104,7 +146,29 @@ METRICS: dict[str, Metric] = {
     "timing_cv": Metric(
         "ratio", "lower", "cv", "Coefficient of variation of decode throughput over repeats."
     ),
+    "knee_concurrency": Metric(
+        "users", "higher", "knee", "Measured concurrency with the most throughput per latency."
+    ),
+    "max_users": Metric(
+        "users", "higher", "users", "Most concurrent users with 90 % of requests as promised."
+    ),
+    "kv_usage_peak": Metric(
+        "ratio", "lower", "KV used", "Highest share of its KV pool that the server reported."
+    ),
+    "queue_peak": Metric(
+        "requests", "lower", "queue", "Most requests that the server reported as waiting."
+    ),
+    "client_processors": Metric(
+        "1", "lower", "client", "Processors that the load generator itself kept busy."
+    ),
     "busy_elsewhere": Metric(
         "1", "lower", "others", "Processors that the timing wanted and other processes kept busy."
+    ),
+    # cost
+    "usd_per_million_output_tokens": Metric(
+        "USD",
+        "lower",
+        "$/M output",
+        "Price list: (prompt tokens x input + output tokens x output price) / output tokens.",
     ),
 }

@@ -53,6 +53,21 @@ def resolve(model: Model) -> Path:
     return _download(model, offline=False)
 
 
+def described(model: Model, into: Path) -> Path:
+    """A folder with the configuration and the tokenizer, where nobody needs the weights.
+
+    Of a hub id that is not on this machine only these are fetched, into `into`: the hub's cache
+    must not hold half a checkpoint.
+
+    Raises:
+        ModelNotFound: as `resolve`.
+    """
+    folder = located(model)
+    if folder is not None or _is_path(model.id):
+        return resolve(model)
+    return _download(model, offline=False, into=into)
+
+
 def located(model: Model) -> Path | None:
     """The folder of a checkpoint that is on this machine already, without network; else None.
 
@@ -189,12 +204,14 @@ def _is_path(name: str) -> bool:
     return not name or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _download(model: Model, offline: bool) -> Path:
+def _download(model: Model, offline: bool, into: Path | None = None) -> Path:
+    """From the hub or its cache; `into`: all but the weights, into a folder of their own."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*_SAFE, *CONFIG_FILES, *TOKENIZER_FILES]
-    patterns += _PICKLED if model.allow_pickle else ()
+    patterns = [*CONFIG_FILES, *TOKENIZER_FILES]
+    patterns += _SAFE if into is None else ()
+    patterns += _PICKLED if model.allow_pickle and into is None else ()
     patterns += ("*.py",) if model.trust_remote_code else ()
     try:
         folder = snapshot_download(
@@ -202,6 +219,7 @@ def _download(model: Model, offline: bool) -> Path:
             revision=model.revision,
             allow_patterns=patterns,
             local_files_only=offline,
+            local_dir=into,
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelNotFound(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qgrid import baseline, codec, estimate, legality, registry
 from qgrid import facts as lookups
@@ -54,13 +54,15 @@ def build(choices: Iterable[Choice], facts: Facts) -> list[PlannedCell]:
 def _planned(choice: Choice, facts: Facts) -> tuple[PlannedCell, legality.Refusal | None]:
     support = registry.support(choice.method)
     bits, notes = _width(choice, support)
+    if not support.stores_weights:
+        notes = (*notes, f"{bits} bits as stated by who serves the model; no weights are measured")
     method = facts.resolved(choice.method, bits)
     cell = Cell(
         model=choice.model,
         method=method,
         bits=bits,
         runtime=choice.runtime,
-        gpu=facts.gpu(choice.gpu),
+        gpu=facts.gpu(choice.gpu, registry.runtime(choice.runtime.name).LOADS.remote),
         kv_cache=choice.kv_cache,
         calibration=choice.calibration if _calibrates(method, support) else None,
         slices=choice.slices,
@@ -108,9 +110,9 @@ def _width(choice: Choice, support: MethodSupport) -> tuple[int, tuple[str, ...]
 
 
 def _predicted(cell: Cell, facts: Facts) -> dict[str, float]:
-    """Planned memory where the model's sizes are known on this machine."""
+    """Planned memory where the model's sizes are known and this machine computes."""
     sizes = facts.architecture(cell.model)
-    if sizes is None:
+    if sizes is None or registry.runtime(cell.runtime.name).LOADS.remote:
         return {}
     users = max((1, *cell.workload.concurrency))
     weights = _weight_bytes(cell, sizes)
@@ -174,7 +176,7 @@ def _quality_id(cell: Cell, artifact_id: str, base_artifact_id: str, facts: Fact
             base_artifact_id,
             cell.runtime.name,
             cell.runtime.dtype,
-            facts.digest(cell.runtime.options),
+            facts.digest(_quality_options(cell)),
             lookups.locked(runtime.packages, runtime.environment, cell.gpu.kind),
             cell.kv_cache.name,
             cell.gpu.kind if cell.gpu.capability is None else cell.gpu.capability,
@@ -185,8 +187,17 @@ def _quality_id(cell: Cell, artifact_id: str, base_artifact_id: str, facts: Fact
     )
 
 
+def _quality_options(cell: Cell) -> Mapping[str, Any]:
+    """Options of the runtime that can change a number of quality: all, unless its hook says."""
+    own = getattr(registry.runtime(cell.runtime.name), "quality_options", None)
+    found: Mapping[str, Any] = cell.runtime.options if own is None else own(cell.runtime.options)
+    return found
+
+
 def _cell_id(cell: Cell, quality_id: str, facts: Facts) -> str:
     parts = [cell.model.name, facts.digest(cell.gpu), cell.slices.name]
+    if _quality_options(cell) != cell.runtime.options:
+        parts.append(facts.digest(cell.runtime.options))
     timing = [cell.runtime.speed_dtype, cell.runtime.threads]
     return codec.digest([quality_id, *parts, *timing, facts.digest(cell.workload)])
 

@@ -45,6 +45,15 @@ MODULES: dict[str, tuple[str, ...]] = {
         "transformers.quantizers.quantizer_bnb_8bit",
         "transformers.integrations.bitsandbytes",
     ),
+    "vllm": (  # of no kind of device; its workers' modules are the child's to import
+        "vllm.engine.arg_utils",
+        "vllm.v1.engine.llm_engine",
+        "vllm.v1.executor.uniproc_executor",
+        "vllm.v1.core.sched.scheduler",
+        "vllm.model_executor.model_loader",
+        "vllm.model_executor.models.llama",
+        "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
+    ),
     "llmcompressor": (
         "llmcompressor.modifiers.quantization",
         "llmcompressor.modifiers.gptq",

@@ -8,13 +8,16 @@ import re
 import selectors
 import signal
 import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qgrid.interpreters import UnknownInterpreter, interpreter, variables
 from qgrid.worker import FINGERPRINT, kill_group
+
+__all__ = ["Ended", "UnknownInterpreter", "Worker", "WorkerLost", "interpreter"]
 
 START_SECONDS = 300.0  # for the imports of a cold parent
 GRACE_SECONDS = 3.0  # for a stage to remove what it has half built
@@ -23,10 +26,6 @@ REPORT_SECONDS = 60.0  # for the parent to report that its child ended; it may b
 
 class WorkerLost(RuntimeError):
     """The warm parent died or stopped answering."""
-
-
-class UnknownInterpreter(ValueError):
-    """An environment that has no interpreter on this machine."""
 
 
 @dataclass(frozen=True)
@@ -38,28 +37,21 @@ class Ended:
     oom_killed: bool
 
 
-def interpreter(environment: str) -> str:
-    """The python of an environment; another one than `main` needs its own, built from its lock.
+class Worker:
+    """One warm parent, started when the first stage needs it and replaced when it is lost.
 
     Raises:
-        UnknownInterpreter: nobody has built it here.
+        UnknownInterpreter: nobody has built its environment here.
     """
-    if environment == "main":
-        return sys.executable
-    raise UnknownInterpreter(
-        f"environment `{environment}` is not built on this machine (has: main)"
-    )
-
-
-class Worker:
-    """One warm parent, started when the first stage needs it and replaced when it is lost."""
 
     def __init__(
         self, environment: str, log: Path, fingerprint: str, ahead: Sequence[str] = ()
     ) -> None:
         self._command = [interpreter(environment), "-m", "qgrid.worker", *ahead]
+        self._shown = tempfile.TemporaryDirectory(prefix="qgrid-")  # what another python may import
+        self._variables = variables(environment, Path(self._shown.name))
+        self._variables[FINGERPRINT] = fingerprint
         self._log = log
-        self._fingerprint = fingerprint
         self._process: subprocess.Popen[bytes] | None = None
         self._child: int | None = None
         self._child_ended = False
@@ -136,7 +128,7 @@ class Worker:
                     stdout=subprocess.PIPE,
                     stderr=log,
                     bufsize=0,
-                    env=_environment(self._fingerprint),
+                    env=self._variables,
                     start_new_session=True,  # Ctrl-C of the terminal is the controller's to handle
                 )
         return self._process
@@ -236,15 +228,3 @@ def _cgroup_files() -> list[Path]:
             elif "memory" in names.split(","):
                 found.append(Path(f"/sys/fs/cgroup/memory{group}/memory.oom_control"))
     return found
-
-
-def _environment(fingerprint: str) -> dict[str, str]:
-    """The environment of a worker: this one, with qgrid importable from wherever it runs now."""
-    import qgrid
-
-    environment = dict(os.environ) | {FINGERPRINT: fingerprint}
-    root = str(Path(qgrid.__file__).parents[1])
-    if "site-packages" not in root:
-        paths = [root, *filter(None, [environment.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-    return environment

@@ -69,6 +69,16 @@ class Runtime:
 
 
 @dataclass(frozen=True)
+class Price:
+    """What a managed API asks, in USD per million tokens, and where and when that was read."""
+
+    input: NonNegativeFloat
+    output: NonNegativeFloat
+    source: str
+    date: str
+
+
+@dataclass(frozen=True)
 class Gpu:
     """A device as planned; `gpu=auto` is replaced by a description of this machine."""
 
@@ -256,6 +266,7 @@ class MethodSupport:
     calibrated: bool  # a method whose options decide has a `calibrates` beside it
     needs_gpu: bool = False
     environment: str = "main"
+    stores_weights: bool = True  # False: config and tokenizer only, the width as stated
 
 
 @dataclass(frozen=True)
@@ -269,6 +280,7 @@ class RuntimeSupport:
     baseline: str = "none"  # the method that makes the 16-bit weights that it loads
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")  # that it can compute in
     keeps_stored: bool = False  # weights stay in memory as they are stored, whatever the dtype
+    remote: bool = False  # computes on a machine that nothing here describes or limits
 
 
 # --- what was made and measured ------------------------------------------------------------------
@@ -331,9 +343,9 @@ class Manifest:
     sizes: Mapping[str, int]  # relative path -> bytes
     modules: Mapping[str, ModuleState]  # linear layers of the decoder by name
     dtypes: Mapping[str, int]  # stored dtype -> bytes
-    num_parameters: int
-    bits_per_weight: float
-    linear_bits_per_weight: float
+    num_parameters: int | None  # None, as both widths: an artifact without weights
+    bits_per_weight: float | None
+    linear_bits_per_weight: float | None
     tokenizer: Mapping[str, str]  # fingerprint: part -> sha256
     versions: Mapping[str, str]
     calibration: Mapping[str, Any] | None  # source, hash, samples, length, seed

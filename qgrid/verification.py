@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from qgrid import environment, inspection, models, phrases, registry
+from qgrid.envs import locks
 from qgrid.files import HashCache
 from qgrid.fingerprint import difference
 from qgrid.finite import nonfinite
@@ -201,28 +200,21 @@ def own_checks(folder: Path, cell: Cell) -> tuple[Check, ...]:
 
 def check_environment(support: MethodSupport) -> Check:
     """The installed libraries are the locked ones; only a warning, for they made what they made."""
-    locked = environment.locked_versions(support.environment)
+    kind = environment.kind_here(support.environment)
+    locked = environment.locked_versions(support.environment, kind)
     wrong = []
-    for name in support.packages:
+    for name, found in environment.installed(support.packages, support.environment, kind).items():
         pinned = locked.get(environment.normalized(name))
-        installed = _installed(name)
-        if pinned is not None and installed.split("+")[0] != pinned:
-            wrong.append(f"{name} {installed} (locked {pinned})")
+        if pinned is not None and not locks.same(found, pinned):
+            wrong.append(f"{name} {found} (locked {pinned})")
     return replace(_check("environment", wrong, "locked versions"), fatal=False)
-
-
-@cache
-def _installed(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
 
 
 def versions(support: MethodSupport) -> dict[str, str]:
     """Installed versions of what made and what loads the artifact."""
     names = {"transformers", "torch", "compressed-tensors", "tokenizers", *support.packages}
-    return {name: _installed(name) for name in sorted(names)}
+    kind = environment.kind_here(support.environment)
+    return environment.installed(sorted(names), support.environment, kind)
 
 
 def tokenizer_hashes(folder: Path, cache: HashCache) -> dict[str, str]:

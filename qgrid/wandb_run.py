@@ -25,7 +25,7 @@ _CLOUD_DOMAINS = ("wandb.ai", "forge.coreweave.com")
 CONNECT_SECONDS = 1.0
 INIT_SECONDS = 20.0
 FINISH_SECONDS = 20.0
-_UNITS = {"1": "", "tok/s": "tok_per_s"}
+_UNITS = {"1": "", "tok/s": "tok_per_s", "req/s": "req_per_s", "USD": ""}
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
 

@@ -14,6 +14,7 @@ import ctypes
 import faulthandler
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import selectors
@@ -30,6 +31,7 @@ from types import FrameType
 from typing import NoReturn
 
 from qgrid import codec, preload, records
+from qgrid.environment import own_part
 from qgrid.types import Failure, Job, StageResult
 
 CAN_FORK = sys.platform == "linux"  # macOS has fork, but its own libraries do not survive it
@@ -73,11 +75,13 @@ def run_job(path: Path) -> None:
         result = stages.run(job)
     except MemoryError:
         result = StageResult(job.stage, failure=Failure("oom", "The stage ran out of memory."))
+    seconds = time.perf_counter() - start
     environment = {
         **result.environment,
+        **own_part(),
         "fingerprint": os.environ.get(FINGERPRINT),
         "baseline": None if job.baseline is None else Path(job.baseline).name,
-        "stage_seconds": time.perf_counter() - start,
+        "stage_seconds": seconds,
         "imported": _newest_packages(len(sys.modules) - before),
     }
     records.save_result(Path(job.out) / "result.json", replace(result, environment=environment))
@@ -183,7 +187,7 @@ class _Server:
             if distribution in self._ahead:
                 self._ahead.remove(distribution)
             for module in preload.MODULES.get(distribution, (distribution,)):
-                if module in sys.modules:
+                if module in sys.modules or not _is_here(module):
                     continue
                 die_with(self._controller, signal.SIGKILL)  # a hung import answers no other
                 try:
@@ -272,6 +276,11 @@ def _gpu_was_touched() -> bool:
     """Whether an import started CUDA in the parent, so that this fork of it cannot use CUDA."""
     torch = sys.modules.get("torch")
     return torch is not None and bool(torch.cuda._is_in_bad_fork())
+
+
+def _is_here(module: str) -> bool:
+    """Whether this environment has the package of a module: a job may use one of another's."""
+    return importlib.util.find_spec(module.partition(".")[0]) is not None
 
 
 def _newest_packages(count: int) -> list[str]:

@@ -275,7 +275,7 @@ def test_another_installed_version_is_only_noted(
     from qgrid import environment
 
     pins = dict(environment.locked_versions("main")) | {"llmcompressor": "0.0.1"}
-    monkeypatch.setattr(environment, "locked_versions", lambda _: pins)
+    monkeypatch.setattr(environment, "locked_versions", lambda *_: pins)
     checks = check(copy, built[0], tmp_path)
     assert failed(checks) == []
     noted = next(c for c in checks if c.name == "environment")

@@ -98,6 +98,21 @@ def test_a_python_without_the_environment_is_one_sentence(tmp_path: Path) -> Non
     assert "Traceback" not in done.stderr
 
 
+def test_a_runtime_whose_environment_is_not_built_tells_the_command(tmp_path: Path) -> None:
+    done = qgrid("plan", "runtime=vllm", "method=none", cwd=tmp_path, QGRID_ENVS=str(tmp_path))
+    assert done.returncode == 2
+    assert "`vllm` needs the environment `vllm`; run `python -m qgrid setup vllm`" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_setup_lists_the_environments(tmp_path: Path) -> None:
+    done = qgrid("setup", cwd=tmp_path, QGRID_ENVS=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert sys.executable in done.stdout
+    assert "not built; run `python -m qgrid setup vllm`" in done.stdout
+    assert qgrid("setup", "vlm", cwd=tmp_path).returncode == 2
+
+
 def test_cfg_shows_a_configuration(tmp_path: Path) -> None:
     done = qgrid("--cfg", "job", "method=nf4", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -165,7 +180,7 @@ def test_a_method_whose_module_is_broken_is_one_sentence(tmp_path: Path) -> None
 
 
 def test_glob_takes_the_choices_of_a_group(tmp_path: Path) -> None:
-    done = qgrid("plan", "method=glob(*,exclude=[none,int8,gguf,prequantized])", cwd=tmp_path)
+    done = qgrid("plan", "method=glob([rtn,gp*,a*,n*],exclude=none)", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("5 cells: 5 run (1 baseline added)")
 

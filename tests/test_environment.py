@@ -14,7 +14,7 @@ import pytest
 
 import qgrid
 from qgrid import environment
-from qgrid.envs import wheels
+from qgrid.envs import locks, wheels
 
 
 def test_the_lock_pins_what_matters() -> None:
@@ -191,3 +191,11 @@ def test_make_installs_another_wheel_for_other_settings(tmp_path: Path) -> None:
 def test_every_package_built_from_sources_is_pinned() -> None:
     locked = environment.locked_versions("main")
     assert wheels.SOURCES.keys() <= locked.keys()
+
+
+def test_what_does_not_come_as_sources_is_installed_as_usual() -> None:
+    rest = [line for line in wheels.rest() if not line.startswith("#")]
+    pinned = {line.partition("==")[0] for line in rest}
+    assert not pinned & wheels.SOURCES.keys()
+    assert len(rest) + len(wheels.SOURCES) == len(locks.pins("main", "cpu"))
+    assert "torch==2.13.0" in rest

@@ -238,5 +238,13 @@ def test_what_a_job_needs_is_known_without_importing_it(tmp_path: Path, model: P
 
 
 def test_an_unknown_environment_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(processes.UnknownInterpreter, match="`vllm` is not built"):
-        Worker("vllm", tmp_path / "log", "x")
+    with pytest.raises(processes.UnknownInterpreter, match="no environment `vlm` to build"):
+        Worker("vlm", tmp_path / "log", "x")
+
+
+def test_a_stage_of_the_main_environment_is_told_by_the_record(
+    worker: Worker, tmp_path: Path, model: Path
+) -> None:
+    """Its versions are the record's own: the result repeats nothing."""
+    result = run(worker, job_file(tmp_path, model, "raise"))
+    assert not {"environment", "versions", "python"} & result.environment.keys()

@@ -1,7 +1,8 @@
 """Wheels of pinned packages that come as sources: built once for a machine, kept outside it all.
 
-`python -m qgrid.envs.wheels` builds what is missing and prints the folders that pip must look in.
-It runs before anything is installed: the standard library is all it has.
+`python -m qgrid.envs.wheels` builds what is missing and prints the folders that pip must look in;
+`--rest` prints the lock without these packages, which pip installs as usual. All of it runs before
+anything is installed: the standard library is all it has.
 """
 
 from __future__ import annotations
@@ -21,18 +22,30 @@ from qgrid.files import built_aside, locked
 # Distribution -> settings of its build, before those of the user's CMAKE_ARGS.
 SOURCES = {
     "llama-cpp-python": "-DLLAVA_BUILD=OFF",  # images are not text
+    "PyPcre": "",
+    "Defuser": "",  # it and the next need PyPcre, which pip would build again
+    "GPTQModel": "",
 }
 LOCK = Path(__file__).with_name("main.txt")
 
 
 def main() -> int:
     """Print the folder of every wheel; a build that fails is told and left out."""
+    if "--rest" in sys.argv[1:]:
+        print("\n".join(rest()))  # noqa: T201
+        return 0
     for name, settings in SOURCES.items():
         try:
             print(folder(f"{name}=={_pinned(name)}", settings))  # noqa: T201
         except subprocess.CalledProcessError as error:
             print(_failed(name, error), file=sys.stderr)  # noqa: T201
     return 0
+
+
+def rest() -> list[str]:
+    """The lines of the lock that pin what does not come as sources."""
+    lines = LOCK.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.partition("==")[0] not in SOURCES]
 
 
 def folder(requirement: str, settings: str) -> Path:
@@ -98,7 +111,7 @@ def _pinned(name: str) -> str:
 
 
 def _build(requirement: str, arguments: str, target: Path) -> None:
-    _say(f"building {requirement}, once for this machine: about five minutes on two cores ...")
+    _say(f"building {requirement}, once for this machine: seconds to some minutes ...")
     # pip's own cache would hand out what it built of this source with other settings.
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-cache-dir"]
     with built_aside(target) as aside:

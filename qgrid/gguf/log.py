@@ -21,9 +21,10 @@ class LlamaError(RuntimeError):
 
 @dataclass
 class Log:
-    """Messages of one or more calls as (level, text); debug messages are left out."""
+    """Messages of one or more calls as (level, text); those for debugging are kept apart."""
 
     messages: list[tuple[int, str]] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
     _keeps: bool = True
 
     def add(self, level: int, text: str) -> None:
@@ -31,6 +32,7 @@ class Log:
         if level != CONTINUED:
             self._keeps = level != DEBUG
         if not self._keeps:
+            self.details.append(text)
             return
         if level == CONTINUED and self.messages:
             first, begun = self.messages[-1]
@@ -43,6 +45,11 @@ class Log:
         """The lines of all messages; a line may have come in several."""
         whole = "".join(text for _, text in self.messages).splitlines()
         return [line.strip() for line in whole if line.strip()]
+
+    @property
+    def detail_lines(self) -> list[str]:
+        """The lines of the messages for debugging."""
+        return [line.strip() for line in "".join(self.details).splitlines()]
 
     def problems(self) -> str:
         """Errors, else warnings, in one line; empty where there are none."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jsonschema
 
 from qgrid import stats
-from qgrid.contracts import InvalidEngine
+from qgrid.contracts import NoLogprobs
 from qgrid.measure.compare import clusters_of
+from qgrid.measure.continuations import NoAnswer, Question, logprobs
+from qgrid.measure.truncated import require_answers
 from qgrid.metrics import METRICS
 from qgrid.types import Measurement
 
@@ -37,17 +37,9 @@ class Answered:
     level: int
     document: str | None
     correct: bool
-    answer_logprob: float  # nats, summed over the tokens of the right answer
+    answer_logprob: float | None  # nats, summed over the right answer's tokens; None: not told
     reply: str  # the chosen or generated text
-
-
-@dataclass(frozen=True)
-class _Question:
-    """Continuations of a prompt whose log-probabilities are wanted."""
-
-    item: Item
-    prompt: tuple[int, ...]
-    continuations: tuple[tuple[int, ...], ...]
+    failed: str | None = None  # why a server gave no answer; the rest then says nothing
 
 
 def answer(
@@ -66,7 +58,7 @@ def answer(
 
 
 def _require_positions(
-    name: str, questions: Sequence[_Question], new_tokens: int, encoder: Encoder
+    name: str, questions: Sequence[Question], new_tokens: int, encoder: Encoder
 ) -> None:
     """Refuse an item that is too long with its longest continuation or `new_tokens`."""
     for question in questions:
@@ -83,7 +75,7 @@ def _by_choice(
     encoder: Encoder,
 ) -> list[Answered]:
     questions = [
-        _Question(item, tuple(prompt), tuple(tuple(encoder.text(c)) for c in item.choices))
+        Question(item, tuple(prompt), tuple(tuple(encoder.text(c)) for c in item.choices))
         for item, prompt in zip(items, prompts, strict=True)
     ]
     _require_positions(name, questions, 0, encoder)
@@ -91,7 +83,13 @@ def _by_choice(
     return [_chosen(name, item, values) for item, values in scored]
 
 
-def _chosen(name: str, item: Item, values: Sequence[float]) -> Answered:
+def _failed(name: str, item: Item, reason: str) -> Answered:
+    return Answered(name, item.id, item.level, item.document, False, None, "", reason)
+
+
+def _chosen(name: str, item: Item, values: Sequence[float] | NoAnswer) -> Answered:
+    if isinstance(values, NoAnswer):
+        return _failed(name, item, values.reason)
     best = max(range(len(values)), key=values.__getitem__)
     right = item.choices.index(item.answer)
     return Answered(
@@ -108,29 +106,43 @@ def _by_reply(  # noqa: PLR0913, PLR0917 - one call site
     encoder: Encoder,
 ) -> list[Answered]:
     questions = [
-        _Question(item, tuple(prompt), (tuple(encoder.text(item.answer)),))
+        Question(item, tuple(prompt), (tuple(encoder.text(item.answer)),))
         for item, prompt in zip(items, prompts, strict=True)
     ]
     _require_positions(name, questions, wanted.max_new_tokens, encoder)
     replies = _generated(prompts, wanted.max_new_tokens, engine, encoder)
     right = _is_json_right if wanted.scoring == "json" else _is_text_right
-    return [
-        Answered(
-            name, item.id, item.level, item.document, right(reply, item), values[0], reply.strip()
-        )
-        for item, reply, values in zip(items, replies, logprobs(questions, engine), strict=True)
-    ]
+    results = []
+    for item, reply, value in zip(items, replies, _of_answers(questions, engine), strict=True):
+        missing = next((part for part in (reply, value) if isinstance(part, NoAnswer)), None)
+        if missing is not None:
+            results.append(_failed(name, item, missing.reason))
+            continue
+        text, told = cast("str", reply), cast("float | None", value)
+        place = (name, item.id, item.level, item.document)
+        results.append(Answered(*place, right(text, item), told, text.strip()))
+    return results
+
+
+def _of_answers(questions: Sequence[Question], engine: Engine) -> list[float | NoAnswer | None]:
+    """Log-probability of every right answer, None where the engine tells none."""
+    try:
+        found = list(logprobs(questions, engine))
+    except NoLogprobs:
+        return [None] * len(questions)
+    return [values if isinstance(values, NoAnswer) else values[0] for values in found]
 
 
 def _generated(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, engine: Engine, encoder: Encoder
-) -> list[str]:
+) -> list[str | NoAnswer]:
     """Greedy replies in the order of the prompts; prompts of like length run together."""
-    replies = [""] * len(prompts)
+    replies: list[str | NoAnswer] = [""] * len(prompts)
     for part in _together([len(prompt) + max_new_tokens for prompt in prompts]):
         made = engine.generate([prompts[i] for i in part], max_new_tokens, encoder.stops)
         for i, generation in zip(part, made, strict=True):
-            replies[i] = encoder.decode(generation.ids)
+            error = generation.error
+            replies[i] = encoder.decode(generation.ids) if error is None else NoAnswer(error)
     return replies
 
 
@@ -170,64 +182,17 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def logprobs(questions: Sequence[_Question], engine: Engine) -> Iterator[list[float]]:
-    """Summed log-probability of every continuation, for each question in order.
+def summary(name: str, every: Sequence[Answered]) -> list[Measurement]:
+    """Accuracy and mean answer log-probability of a slice, clustered by document.
 
-    Neighbours of one document share the beginning of their prompts, which is prefilled once.
+    Items without an answer are counted and kept out.
+
+    Raises:
+        TooManyFailed: so many that the others are not the same slice.
     """
-    for document, group in itertools.groupby(questions, key=lambda q: q.item.document):
-        together = list(group)
-        prefix: tuple[int, ...] = ()
-        if document is not None and len(together) > 1:
-            prefix = _shared([question.prompt for question in together])
-        yield from _scored(together, prefix, engine)
-
-
-def _shared(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Longest beginning that all prompts have in common."""
-    # The first and the last in order differ earliest.
-    first, last = min(prompts), max(prompts)
-    equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    return tuple(token for token, _ in equal)
-
-
-def _scored(
-    questions: Sequence[_Question], prefix: tuple[int, ...], engine: Engine
-) -> Iterator[list[float]]:
-    sequences: list[tuple[int, ...]] = []
-    keep: list[int] = []
-    for question in questions:
-        for continuation in _asked(question):
-            sequences.append((*question.prompt[len(prefix) :], *continuation))
-            keep.append(len(continuation))
-    rows = engine.score(sequences, keep, prefix)
-    for question in questions:
-        if _is_one_row(question):
-            row = next(rows).logprobs[0]
-            values = [float(row[ids[0]]) for ids in question.continuations]
-        else:
-            values = [_summed(next(rows).logprobs, ids) for ids in question.continuations]
-        if not all(math.isfinite(value) for value in values):
-            raise InvalidEngine(f"the engine computed NaN or infinity for `{question.item.id}`")
-        yield values
-
-
-def _asked(question: _Question) -> tuple[tuple[int, ...], ...]:
-    return question.continuations[:1] if _is_one_row(question) else question.continuations
-
-
-def _is_one_row(question: _Question) -> bool:
-    """Whether one distribution answers it: all continuations are different single tokens."""
-    firsts = {ids[0] for ids in question.continuations if len(ids) == 1}
-    return len(firsts) == len(question.continuations)
-
-
-def _summed(rows: Any, ids: Sequence[int]) -> float:
-    return float(rows.double()[range(len(ids)), list(ids)].sum())
-
-
-def summary(name: str, results: Sequence[Answered]) -> list[Measurement]:
-    """Accuracy and mean answer log-probability of a slice, clustered by document."""
+    failed = [each.failed for each in every if each.failed is not None]
+    require_answers(failed, len(every), f"items of slice `{name}`")
+    results = [each for each in every if each.failed is None]
     clusters = clusters_of([(each.document, each.id) for each in results])
     right = [float(each.correct) for each in results]
     found = stats.mean(right, clusters)
@@ -236,11 +201,14 @@ def summary(name: str, results: Sequence[Answered]) -> list[Measurement]:
     else:
         interval = stats.bootstrap_mean(right, clusters)
     low, high = interval or (None, None)
-    graded = stats.mean([each.answer_logprob for each in results], clusters)
-    return [
-        _measured("accuracy", name, dataclasses.replace(found, low=low, high=high)),
-        _measured("answer_logprob", name, graded),
-    ]
+    measured = [_measured("accuracy", name, dataclasses.replace(found, low=low, high=high))]
+    graded = [each.answer_logprob for each in results if each.answer_logprob is not None]
+    if len(graded) == len(results):
+        measured.append(_measured("answer_logprob", name, stats.mean(graded, clusters)))
+    if failed:
+        unit = METRICS["failed_items"].unit
+        measured.append(Measurement("failed_items", len(failed), unit, name, n=len(every)))
+    return measured
 
 
 def _measured(metric: str, name: str, found: stats.Estimate) -> Measurement:
@@ -251,7 +219,8 @@ def _measured(metric: str, name: str, found: stats.Estimate) -> Measurement:
 
 
 def line(result: Answered) -> Mapping[str, Any]:
-    """A result as a line of `items.jsonl`."""
+    """A result as a line of `items.jsonl`; `failed` is there only where an item got no answer."""
+    told = {} if result.failed is None else {"failed": result.failed}
     return {
         "slice": result.slice,
         "id": result.id,
@@ -260,4 +229,5 @@ def line(result: Answered) -> Mapping[str, Any]:
         "correct": result.correct,
         "answer_logprob": result.answer_logprob,
         "reply": result.reply,
+        **told,
     }

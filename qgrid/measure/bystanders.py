@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from types import TracebackType
@@ -47,7 +48,7 @@ def in_the_way(wall: float, others: float, threads: int, cores: int) -> float:
 
 
 def _account() -> tuple[float, float, float] | None:
-    """Wall time, processor time of everybody on the usable processors, and of this process."""
+    """Wall time, processor time of everybody on the usable processors, and our own."""
     import psutil
 
     each = psutil.cpu_times(percpu=True)
@@ -56,7 +57,23 @@ def _account() -> tuple[float, float, float] | None:
         return None
     idle = ("idle", "iowait", "guest", "guest_nice")  # guests are counted as user time as well
     busy = sum(sum(t) - sum(getattr(t, name, 0.0) for name in idle) for t in usable)
-    return time.perf_counter(), busy, time.process_time()
+    return time.perf_counter(), busy, _own()
+
+
+def _own() -> float:
+    """Processor time of this process and of all below it: a server that it started is no stranger.
+
+    That of a process that has ended is its parent's by then.
+    """
+    import psutil
+
+    ended = os.times()
+    total = time.process_time() + ended.children_user + ended.children_system
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            each = child.cpu_times()
+            total += each.user + each.system + each.children_user + each.children_system
+    return float(total)
 
 
 def _usable() -> set[int]:

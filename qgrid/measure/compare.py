@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qgrid import stats
@@ -18,7 +18,9 @@ class Unpaired(ValueError):
 
 
 def paired(items: Sequence[Line], baseline_items: Sequence[Line]) -> list[Measurement]:
-    """Change of accuracy and of the answer's log-probability, per slice.
+    """Change of accuracy and, where both tell it, of the answer's log-probability, per slice.
+
+    An item that a server gave one of the two no answer to is left out.
 
     Raises:
         Unpaired: an item is in one of the two only.
@@ -34,7 +36,8 @@ def _by_slice(items: Sequence[Line], baseline_items: Sequence[Line]) -> dict[str
         other = known.pop((each["slice"], each["id"]), None)
         if other is None:
             raise Unpaired(f"item `{each['id']}` of slice `{each['slice']}` has no baseline result")
-        found.setdefault(each["slice"], []).append((each, other))
+        if "failed" not in each and "failed" not in other:
+            found.setdefault(each["slice"], []).append((each, other))
     if known:
         name, identity = next(iter(known))
         raise Unpaired(f"item `{identity}` of slice `{name}` has a baseline result only")
@@ -53,18 +56,26 @@ def _changes(name: str, pairs: Sequence[Pair]) -> list[Measurement]:
         # Both: where few items flip, resampling documents alone would show almost no error.
         spread = stats.bootstrap_mean(flips, clusters)
         binary = spread and (min(alone[0], spread[0]), max(alone[1], spread[1]))
-    graded = [each["answer_logprob"] - base["answer_logprob"] for each, base in pairs]
     return [
         _change("accuracy_delta", name, flips, clusters, binary),
-        _change(
-            "answer_logprob_delta", name, graded, clusters, stats.bootstrap_mean(graded, clusters)
-        ),
+        *_graded(name, pairs, clusters),
         Measurement("flips_worse", worse, METRICS["flips_worse"].unit, name, n=len(pairs)),
         Measurement("flips_better", better, METRICS["flips_better"].unit, name, n=len(pairs)),
         Measurement(
             "mcnemar_p", stats.mcnemar(worse, better), METRICS["mcnemar_p"].unit, name, n=len(pairs)
         ),
     ]
+
+
+def _graded(
+    name: str, pairs: Sequence[Pair], clusters: Sequence[str] | None
+) -> Iterator[Measurement]:
+    told = [(each["answer_logprob"], base["answer_logprob"]) for each, base in pairs]
+    if any(value is None for pair in told for value in pair):
+        return
+    graded = [value - known for value, known in told]
+    spread = stats.bootstrap_mean(graded, clusters)
+    yield _change("answer_logprob_delta", name, graded, clusters, spread)
 
 
 def _change(

@@ -29,6 +29,11 @@ class Encoder:
         self.bos = self._added_bos()
         self._positions = positions(folder)
 
+    def limit_positions(self, positions: int | None) -> None:
+        """Note that an engine takes no more than `positions` tokens; None: as many as the model."""
+        known = [each for each in (self._positions, positions) if each is not None]
+        self._positions = min(known, default=None)
+
     def require_positions(self, tokens: int, what: str) -> None:
         """Refuse what is too long for this model, see `require_positions`."""
         require_positions(self._positions, tokens, what)
@@ -61,6 +66,17 @@ class Encoder:
                 "set `chat: false` for it"
             )
         return self._batch([self._rendered(message) for message in messages])
+
+    def spelled(self, ids: Sequence[int]) -> str:
+        """Text that a server's tokenizer turns into `ids`: special tokens as they are written.
+
+        Without the BOS that the tokenizer puts in front by itself.
+        """
+        own = list(ids)[1:] if ids and ids[0] == self.bos else list(ids)
+        found = self._tokenizer.decode(
+            own, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return str(found)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids without special tokens."""

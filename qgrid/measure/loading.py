@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qgrid import inspection, registry
+from qgrid import baseline, inspection, registry
 
 if TYPE_CHECKING:
     from qgrid.contracts import Engine
@@ -44,13 +44,15 @@ def is_baseline(job: Job) -> bool:
     """Whether the job's cell is its own baseline."""
     if job.baseline is None:
         return True
+    cell = job.planned.cell
     same = Path(job.baseline).resolve() == Path(job.artifact).resolve()
-    return same and job.planned.cell.kv_cache.bits >= 16
+    # of what is served by two endpoints nothing is stored that would tell them apart
+    return same and cell.kv_cache.bits >= 16 and baseline.of(cell).runtime == cell.runtime
 
 
-def fits_beside(baseline: Path, cell: Cell, dtype: str) -> bool:
+def fits_beside(folder: Path, cell: Cell, dtype: str) -> bool:
     """Whether the baseline in `dtype` fits into what is free beside the engine that is loaded."""
-    return _free_bytes(cell) >= _ROOM * _weight_bytes(baseline, cell, dtype)
+    return _free_bytes(cell) >= _ROOM * _weight_bytes(folder, cell, dtype)
 
 
 def _weight_bytes(folder: Path, cell: Cell, dtype: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -97,8 +97,9 @@ def cut(
 
 
 def rows(engine: Engine, windows: Windows) -> Iterator[Scores]:
-    """Distributions of the scored tokens of every window."""
-    return engine.score(windows.ids, [windows.scored] * len(windows))
+    """Full distributions of the scored tokens of every window."""
+    found = engine.score(windows.ids, [windows.scored] * len(windows))
+    return cast("Iterator[Scores]", found)  # truncated rows go through `truncated`
 
 
 def collect(
@@ -196,14 +197,13 @@ def against_baseline(tokens: Tokens) -> list[Measurement]:
         _bare(metric, stats.percentile(kl, fraction), kl.size)
         for metric, fraction in _PERCENTILES.items()
     ]
-    rms = math.sqrt(float(np.mean(tokens.delta_p**2)))
     return [
         mean_over_windows("ln_ppl_ratio", tokens.nll - tokens.base_nll),
         mean_over_windows("kld_mean", tokens.kl),
         *spread,
         mean_over_windows("same_top_p", tokens.same_top),
         mean_over_windows("delta_p_mean", tokens.delta_p),
-        _bare("delta_p_rms", rms, kl.size),
+        root_mean_square("delta_p_rms", tokens.delta_p),
     ]
 
 
@@ -220,6 +220,11 @@ def mean_over_windows(metric: str, values: Array) -> Measurement:
         low=found.low,
         high=found.high,
     )
+
+
+def root_mean_square(metric: str, values: Array) -> Measurement:
+    """The root mean square of `(windows, tokens)`, without an error."""
+    return _bare(metric, math.sqrt(float(np.mean(values**2))), values.size)
 
 
 def _bare(metric: str, value: float, n: int) -> Measurement:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qgrid import baseline, files, models
-from qgrid.measure import answers, prose, row_cache, slices
+from qgrid.contracts import NoLogprobs
+from qgrid.measure import answers, prose, row_cache, slices, truncated
 from qgrid.measure.encoding import Encoder, TooLong
 from qgrid.measure.loading import Phases, fits_beside, is_baseline, load
 from qgrid.measure.prose import Tokens, Windows
@@ -32,6 +33,7 @@ def measure(job: Job) -> StageResult:
     with phases("load"):
         encoder = Encoder(Path(job.artifact), cell.model.trust_remote_code)
         engine = load(job.artifact, cell, cell.runtime.dtype)
+        encoder.limit_positions(getattr(engine, "positions", None))
     checks = tuple(engine.checks())
     with phases("slices"):
         results, left_out = _answered(job, engine, encoder)
@@ -43,7 +45,11 @@ def measure(job: Job) -> StageResult:
     ]
     observed: dict[str, Any] = {**engine.observed(), "bos": encoder.bos, "left_out": left_out}
     with phases("prose"):
-        found, more = _prose(job, engine, encoder)
+        try:
+            found, more = _prose(job, engine, encoder)
+        except NoLogprobs as error:
+            found, more = [], {"left_out": left_out | {"prose": str(error)}}
+            engine.close()
     _write_items(Path(job.out), results)
     return StageResult(
         "quality",
@@ -57,7 +63,10 @@ def measure(job: Job) -> StageResult:
 def _answered(
     job: Job, engine: Engine, encoder: Encoder
 ) -> tuple[list[answers.Answered], dict[str, str]]:
-    """Results of all items, and why a slice that the model is too short for was left out."""
+    """Results of all items, and why a slice was left out.
+
+    The model is too short for it, or the engine gives no log-probabilities to choose by.
+    """
     cell = job.planned.cell
     results: list[answers.Answered] = []
     left_out = {}
@@ -65,7 +74,7 @@ def _answered(
         items = slices.load(name, wanted, cell.seed)
         try:
             results += answers.answer(name, wanted, items, engine, encoder)
-        except TooLong as error:
+        except (TooLong, NoLogprobs) as error:
             left_out[name] = str(error)
     return results, left_out
 
@@ -92,11 +101,36 @@ def _prose(job: Job, engine: Engine, encoder: Encoder) -> tuple[list[Measurement
     windows = prose.cut(ids, cell.context, wanted.protocol, encoder.bos)
     protocol = f"{wanted.protocol}-{cell.context}"
     observed: dict[str, Any] = {"ppl_protocol": protocol, "windows": len(windows)}
+    if getattr(engine, "truncated", False):
+        return _truncated(job, engine, windows, observed)
     if is_baseline(job):
         return _floor(job, engine, windows), observed
     tokens, pairing = paired_tokens(job, engine, windows)
     found = [prose.perplexity(tokens), *prose.against_baseline(tokens)]
     return found, observed | pairing
+
+
+def _truncated(
+    job: Job, engine: Engine, windows: Windows, observed: dict[str, Any]
+) -> tuple[list[Measurement], dict[str, Any]]:
+    """As `_prose`, of an engine that tells only the likeliest tokens. Closes `engine`."""
+    cell = job.planned.cell
+    top = truncated.told(engine, windows)
+    observed |= {**engine.observed(), "failed_windows": top.failed}
+    engine.close()
+    if is_baseline(job):
+        return [prose.perplexity(truncated.alone(top))], observed
+    assert job.baseline is not None
+    reference = load(job.baseline, baseline.of(cell), cell.runtime.dtype)
+    try:
+        base = truncated.told(reference, windows)
+    except NoLogprobs as error:
+        observed["left_out_of_baseline"] = {"prose": str(error)}
+        return [prose.perplexity(truncated.alone(top))], observed
+    finally:
+        reference.close()
+    tokens = truncated.paired(top, base)
+    return [prose.perplexity(tokens), *truncated.against_baseline(tokens)], observed
 
 
 def _floor(job: Job, engine: Engine, windows: Windows) -> list[Measurement]:

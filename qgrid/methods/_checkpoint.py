@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qgrid import inspection, models
+from qgrid import gptq_kernels, inspection, models
 from qgrid.contracts import Unsupported
 
 if TYPE_CHECKING:
@@ -39,14 +39,29 @@ def refuse_quantized(source: Path) -> None:
         )
 
 
+def refuse(reason: str | None) -> None:
+    """Refuse for a reason, if there is one.
+
+    Raises:
+        Unsupported: there is.
+    """
+    if reason is not None:
+        raise Unsupported(reason)
+
+
 def load_16bit(source: Path, model: Model, **arguments: Any) -> Any:
     """The source model in its stored 16-bit dtype; a 32-bit checkpoint becomes bf16."""
-    import torch
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.float16 if _is_half(source) else torch.bfloat16
-    options = models.load_options(model) | {"dtype": dtype} | arguments
+    options = models.load_options(model) | {"dtype": dtype_16bit(source)} | arguments
     return AutoModelForCausalLM.from_pretrained(source, **options).eval()
+
+
+def dtype_16bit(source: Path) -> torch.dtype:
+    """The dtype that a source is quantized from."""
+    import torch
+
+    return torch.float16 if _is_half(source) else torch.bfloat16
 
 
 def is_16bit(source: Path) -> bool:
@@ -109,8 +124,12 @@ def logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
 
 
 def reload(folder: Path, cell: Cell) -> Any:
-    """The checkpoint as a runtime would find it, in its stored dtype."""
+    """The checkpoint as a runtime would find it, in its stored dtype.
+
+    Where several kernels multiply it, by the one that the model in memory has.
+    """
     from transformers import AutoModelForCausalLM
 
-    options = models.load_options(cell.model)
+    kernel = gptq_kernels.asked(folder, gptq_kernels.PLAIN, "auto")
+    options = models.load_options(cell.model) | kernel
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()

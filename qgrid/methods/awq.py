@@ -2,56 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import PositiveInt
 
 from qgrid.contracts import Built
+from qgrid.methods import _checkpoint
+from qgrid.methods import _gptqmodel as native
 from qgrid.methods import _llmcompressor as llmc
-from qgrid.methods._llmcompressor import (
-    linear_bits_per_weight,
-    option_bits,
-    refusal,
-    stored_bits,
-)
+from qgrid.methods import _packed as packed
 from qgrid.types import Cell, MethodSupport
 
-__all__ = [
-    "SUPPORTS",
-    "Options",
-    "linear_bits_per_weight",
-    "option_bits",
-    "quantize",
-    "refusal",
-    "stored_bits",
-]
-
-BITS = (2, 3, 4, 8)
-SUPPORTS = MethodSupport(
-    bits=BITS,
-    default_bits=4,
-    produces=dict.fromkeys(BITS, llmc.FORMAT),
-    packages=llmc.PACKAGES,
-    calibrated=True,
-)
+SUPPORTS = packed.supports(calibrated=True)
+option_bits = packed.option_bits
+_NATIVE: native.Layout = "awq"
+_NATIVE_BITS = (4,)
+_FIXED = {"duo_scaling": True, "grid_points": 20}  # of gptqmodel's search
 
 
 @dataclass(frozen=True)
-class Options:
-    """`group_size` None: one scale a row. A `scheme` replaces `group_size` and `symmetric`."""
+class Options(packed.Options):
+    """`format` is the checkpoint's, and with it the library that makes it.
 
-    group_size: PositiveInt | None
-    symmetric: bool
-    scheme: llmc.Scheme | None
+    gptqmodel's search, of the format `awq`, also clips the largest weights of a group.
+    """
+
+    format: Literal["compressed-tensors", "awq"]
     duo_scaling: bool
     grid_points: PositiveInt
 
 
+def support(options: Mapping[str, Any]) -> MethodSupport:
+    """What is made in the format that is asked for."""
+    return native.supports(_NATIVE, _NATIVE_BITS) if _is_native(options) else SUPPORTS
+
+
+def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:
+    """Bits per weight of one layer, scales and zero points included."""
+    if _is_native(options):
+        return native.stored_bits(_NATIVE, packed.weights(bits, options), rows, columns)
+    return packed.stored_bits(bits, options, rows, columns)
+
+
+def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
+    """Stored bits of a large linear layer, scales and zero points included."""
+    return stored_bits(bits, options, *llmc.LARGE)
+
+
+def refusal(cell: Cell) -> str | None:
+    """Why the cell's model cannot be stored so; None if it can, or is not on this machine."""
+    options = cell.method.options
+    if not _is_native(options):
+        return packed.refusal(cell)
+    return _fixed(options) or native.refusal(cell, _NATIVE)
+
+
 def quantize(cell: Cell, source: Path, out: Path) -> Built:
-    """Write the packed checkpoint of `source` into `out`."""
+    """Write the checkpoint of `source` into `out`.
+
+    Raises:
+        Unsupported: the source is quantized already, or cannot be stored so.
+    """
+    if _is_native(cell.method.options):
+        _checkpoint.refuse(_fixed(cell.method.options))
+        return native.quantize(cell, source, out, native.Recipe(_NATIVE, {}, _rounded))
     options = Options(**cell.method.options)
 
     def recipe(arguments: Mapping[str, Any]) -> list[Any]:
@@ -61,4 +79,54 @@ def quantize(cell: Cell, source: Path, out: Path) -> Built:
         search = AWQModifier(duo_scaling=options.duo_scaling, n_grid=options.grid_points)
         return [search, QuantizationModifier(**arguments)]
 
-    return llmc.quantize(cell, source, out, recipe)
+    packed.refuse(cell, source)
+    return llmc.quantize(cell, source, out, packed.scheme(cell), recipe)
+
+
+# --- the native format ---------------------------------------------------------------------------
+
+
+def _is_native(options: Mapping[str, Any]) -> bool:
+    return bool(options["format"] == _NATIVE)
+
+
+def _fixed(options: Mapping[str, Any]) -> str | None:
+    """Which option gptqmodel does not have."""
+    for key, value in _FIXED.items():
+        if options[key] != value:
+            return (
+                f"`method.{key}={str(options[key]).lower()}` is not there in "
+                f"`method.format={_NATIVE}` (has: {str(value).lower()}); leave it out or use "
+                "`method.format=compressed-tensors`"
+            )
+    return None
+
+
+def _rounded(model: Any, arguments: Mapping[str, Any]) -> Sequence[str]:
+    """Run the library's AWQ; names of the layers that calibration hardly reached."""
+    from gptqmodel.utils.backend import BACKEND
+
+    with _noted_fallbacks() as names:
+        # Its own choice is a kernel for GPUs, also where there is none.
+        model.quantize(**arguments, backend=BACKEND.AWQ_TORCH)
+    return names
+
+
+@contextmanager
+def _noted_fallbacks() -> Iterator[list[str]]:
+    """Names of the layers that are rounded without a search: no scales are given for them."""
+    from gptqmodel.looper.awq_processor import AWQProcessor
+
+    names: list[str] = []
+    apply = AWQProcessor.apply_quant
+
+    def noting(self: Any, named_linears: Mapping[str, Any], scales_list: Sequence[Any]) -> Any:
+        if not scales_list:
+            names.extend(module.full_name for module in named_linears.values())
+        return apply(self, named_linears, scales_list)
+
+    AWQProcessor.apply_quant = noting
+    try:
+        yield names
+    finally:
+        AWQProcessor.apply_quant = apply

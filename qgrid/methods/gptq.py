@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,49 +11,61 @@ from typing import Any, Literal
 from pydantic import PositiveFloat, PositiveInt
 
 from qgrid.contracts import Built
+from qgrid.methods import _checkpoint
+from qgrid.methods import _gptqmodel as native
 from qgrid.methods import _llmcompressor as llmc
-from qgrid.methods._llmcompressor import (
-    linear_bits_per_weight,
-    option_bits,
-    refusal,
-    stored_bits,
-)
+from qgrid.methods import _packed as packed
 from qgrid.types import Cell, MethodSupport
 
-__all__ = [
-    "SUPPORTS",
-    "Options",
-    "linear_bits_per_weight",
-    "option_bits",
-    "quantize",
-    "refusal",
-    "stored_bits",
-]
-
-BITS = (2, 3, 4, 8)
-SUPPORTS = MethodSupport(
-    bits=BITS,
-    default_bits=4,
-    produces=dict.fromkeys(BITS, llmc.FORMAT),
-    packages=llmc.PACKAGES,
-    calibrated=True,
-)
+SUPPORTS = packed.supports(calibrated=True)
+option_bits = packed.option_bits
+_NATIVE: native.Layout = "gptq"
+_BLOCK = 128  # columns that gptqmodel treats before errors are pushed to the rest
 
 
 @dataclass(frozen=True)
-class Options:
-    """`group_size` None: one scale a row. A `scheme` replaces `group_size` and `symmetric`."""
+class Options(packed.Options):
+    """`format` is the checkpoint's, and with it the library that makes it."""
 
-    group_size: PositiveInt | None
-    symmetric: bool
-    scheme: llmc.Scheme | None
+    format: Literal["compressed-tensors", "gptq"]
     dampening: PositiveFloat
     block_size: PositiveInt
     activation_order: Literal["static", "weight"] | None
 
 
+def support(options: Mapping[str, Any]) -> MethodSupport:
+    """What is made in the format that is asked for."""
+    return native.supports(_NATIVE, packed.BITS) if _is_native(options) else SUPPORTS
+
+
+def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:
+    """Bits per weight of one layer, scales and zero points included."""
+    if _is_native(options):
+        return native.stored_bits(_NATIVE, packed.weights(bits, options), rows, columns)
+    return packed.stored_bits(bits, options, rows, columns)
+
+
+def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
+    """Stored bits of a large linear layer, scales and zero points included."""
+    return stored_bits(bits, options, *llmc.LARGE)
+
+
+def refusal(cell: Cell) -> str | None:
+    """Why the cell's model cannot be stored so; None if it can, or is not on this machine."""
+    options = cell.method.options
+    if not _is_native(options):
+        return packed.refusal(cell)
+    return _fixed(options) or native.refusal(cell, _NATIVE)
+
+
 def quantize(cell: Cell, source: Path, out: Path) -> Built:
-    """Write the packed checkpoint of `source` into `out`."""
+    """Write the checkpoint of `source` into `out`.
+
+    Raises:
+        Unsupported: the source is quantized already, or cannot be stored so.
+    """
+    if _is_native(cell.method.options):
+        return _quantize_native(cell, source, out)
     options = Options(**cell.method.options)
 
     def recipe(arguments: Mapping[str, Any]) -> list[Any]:
@@ -68,8 +80,9 @@ def quantize(cell: Cell, source: Path, out: Path) -> Built:
             )
         ]
 
+    packed.refuse(cell, source)
     with _noted_fallbacks() as names:
-        built = llmc.quantize(cell, source, out, recipe)
+        built = llmc.quantize(cell, source, out, packed.scheme(cell), recipe)
     return replace(built, module_methods=dict.fromkeys(names, "rtn"))
 
 
@@ -93,3 +106,51 @@ def _noted_fallbacks() -> Iterator[list[str]]:
         yield names
     finally:
         GPTQModifier.on_finalize = finish
+
+
+# --- the native format ---------------------------------------------------------------------------
+
+
+def _is_native(options: Mapping[str, Any]) -> bool:
+    return bool(options["format"] == _NATIVE)
+
+
+def _fixed(options: Mapping[str, Any]) -> str | None:
+    """Which option gptqmodel does not have."""
+    if options["block_size"] != _BLOCK:
+        return (
+            f"`method.block_size={options['block_size']}` is not there in "
+            f"`method.format={_NATIVE}` (has: {_BLOCK}); leave it out or use "
+            "`method.format=compressed-tensors`"
+        )
+    if options["dampening"] >= 1:
+        return (
+            f"`method.dampening={options['dampening']}` is not there in `method.format={_NATIVE}` "
+            "(has: less than 1); use less or `method.format=compressed-tensors`"
+        )
+    return None
+
+
+def _quantize_native(cell: Cell, source: Path, out: Path) -> Built:
+    options = Options(**cell.method.options)
+    _checkpoint.refuse(_fixed(cell.method.options))
+    ordered = options.activation_order is not None
+    arguments = {
+        "damp_percent": options.dampening,
+        "desc_act": ordered,
+        "static_groups": ordered,  # scales first, by the order of the file: both names mean that
+    }
+    return native.quantize(cell, source, out, native.Recipe(_NATIVE, arguments, _rounded))
+
+
+def _rounded(model: Any, arguments: Mapping[str, Any]) -> Sequence[str]:
+    """Run the library's GPTQ; names of the layers that it could only round.
+
+    Those that calibration hardly reached, and those whose Hessian could not be factorized.
+    """
+    log = model.quantize(**arguments)
+    told = [entry for entries in log.values() for entry in entries]
+    ends = [
+        f".{entry['layer']}.{entry['module']}" for entry in told if "fallback" in str(entry["loss"])
+    ]
+    return [name for name, _ in model.model.named_modules() if name.endswith(tuple(ends))]

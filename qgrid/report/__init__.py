@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qgrid.files import write_atomic
-from qgrid.report import findings, flat, markdown, sheet
+from qgrid.report import findings, flat, load_table, markdown, sheet
 from qgrid.report.findings import surprises
 from qgrid.types import PlannedCell, Record
 
@@ -31,7 +31,7 @@ def write(
     table = sheet.build(planned, records)
     found = findings.surprises(planned, records)
     texts = {
-        "table.md": markdown.render(name, table, found),
+        "table.md": markdown.render(name, table, found, load_table.build(table.rows)),
         "table.csv": flat.render(planned, records),
         "report.html": html.render(name, table, found),
     }

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qgrid import timing
-from qgrid.report import compare, numbers, rows
+from qgrid.report import compare, kernel_findings, load_findings, numbers, rows
 from qgrid.report.rows import Row
 from qgrid.types import Measurement, PlannedCell, Record
 
@@ -31,6 +31,10 @@ def surprises(planned: Sequence[PlannedCell], records: Sequence[Record]) -> list
         _fallen,
         _gains,
         _floor,
+        kernel_findings.other,
+        kernel_findings.slow,
+        kernel_findings.two,
+        load_findings.sentences,
         _larger,
         _fallbacks,
         _failed_checks,
@@ -41,6 +45,8 @@ def surprises(planned: Sequence[PlannedCell], records: Sequence[Record]) -> list
         for row in measured:
             for story in find(row):
                 names.setdefault(story, []).append(row.name)
+    for name, story in kernel_findings.apart(measured):
+        names.setdefault(story, []).append(name)
     found = [f"{_listed(cells)}: {story}" for story, cells in names.items()]
     for group in grouped:
         found += _rising_divergence(group)
@@ -175,8 +181,7 @@ def _timing(row: Row) -> Iterator[str]:
     ]
     if unstable:
         listed = ", ".join(
-            f"{100 * spread.value:.0f} % at batch {rows.concurrency(part)}"
-            for part, spread in unstable
+            f"{100 * spread.value:.0f} % at {rows.load_name(part)}" for part, spread in unstable
         )
         yield f"the timing is unstable, its repeats vary by {listed}."
 

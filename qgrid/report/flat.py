@@ -42,6 +42,7 @@ def _line(row: Row) -> dict[str, Any]:
         "status": row.status,
         "reason": row.reason,
         "decompressed": row.is_decompressed,
+        "kernel": row.kernel,
         **{f"cell.{key}": value for key, value in configured.items()},
     }
     for measurement in measured:

@@ -9,9 +9,10 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from qgrid.report import axes, parallel
+from qgrid.report import axes, load_plot, load_table, parallel
+from qgrid.report.columns import Column, Text
 from qgrid.report.rows import Row
-from qgrid.report.sheet import Column, Sheet, Text
+from qgrid.report.sheet import Sheet
 from qgrid.report.style import CSS
 from qgrid.types import Check
 
@@ -33,8 +34,9 @@ def render(name: str, sheet: Sheet, surprises: Sequence[str]) -> str:
         f"<h1>{escape(name)}</h1>",
         f'<p class="lead">{escape(_counted(sheet.rows))}</p>',
         _surprises(surprises),
-        f'<h2>Results</h2><div class="scroll">{_table(sheet)}</div>{_notes(sheet)}',
+        f'<h2>Results</h2><div class="scroll">{_table(sheet)}</div>{_noted(sheet.notes)}',
         _plot(plot),
+        _loads(sheet.rows, has_library=bool(plot)),
         f"<h2>Provenance</h2>{_provenance(sheet.rows)}",
         f"<h2>Cells</h2>{_cells(sheet.rows)}",
     ]
@@ -105,14 +107,20 @@ def _line(sheet: Sheet, row: Sequence[Text], kind: str) -> str:
 
 
 def _place(column: Column, text: Text) -> str:
-    kind = f"{'number ' if column.is_number else ''}{text.tone}"
+    return _td("number " if column.is_number else "", text)
+
+
+def _td(kind: str, text: Text) -> str:
     tail = f' <span class="tail">{escape(text.tail)}</span>' if text.tail else ""
-    return f'<td class="{kind}" title="{escape(text.hint)}">{escape(text.text)}{tail}</td>'
+    return (
+        f'<td class="{kind}{text.tone}" title="{escape(text.hint)}">{escape(text.text)}{tail}</td>'
+    )
 
 
-def _notes(sheet: Sheet) -> str:
+def _noted(notes: Sequence[tuple[str, str]]) -> str:
+    """Marks and what they mean."""
     items = "".join(
-        f"<dt>{escape(mark)}</dt><dd>{_prose(sentence)}</dd>" for mark, sentence in sheet.notes
+        f"<dt>{escape(mark)}</dt><dd>{_prose(sentence)}</dd>" for mark, sentence in notes
     )
     return f'<dl class="notes">{items}</dl>' if items else ""
 
@@ -125,6 +133,35 @@ def _plot(plot: str) -> str:
         " it. Drag along an axis to select, drag a title to move its axis.</p>"
         f'<div class="plot">{plot}</div>'
     )
+
+
+def _loads(every: Sequence[Row], has_library: bool) -> str:
+    """The curves of cells that were measured at several loads, and all their figures."""
+    table = load_table.build(every)
+    if table is None:
+        return ""
+    plot = load_plot.render(every, with_library=not has_library)
+    heads = "".join(
+        f'<th title="{escape(title)}" class="{"number" if i else ""}">{escape(head)}</th>'
+        for i, (head, title) in enumerate(list(zip(table.heads, table.titles, strict=True))[1:])
+    )
+    bodies = "".join(f"<tbody>{_load_group(group)}</tbody>" for group in table.groups)
+    body = f'<table class="results"><thead><tr>{heads}</tr></thead>{bodies}</table>'
+    return (
+        "<h2>Loads</h2><p>A point is a number of users at once; further right is more throughput, "
+        "further down is less waiting.</p>"
+        + (f'<div class="plot">{plot}</div>' if plot else "")
+        + f'<div class="scroll loads">{body}</div>{_noted(table.notes)}'
+    )
+
+
+def _load_group(lines: Sequence[Sequence[Text]]) -> str:
+    """The cell's name over its loads: beside each of them it would fill half the width."""
+    name = lines[0][0]
+    kinds = ["", *["number "] * (len(lines[0]) - 2)]
+    title = f'<td class="cell" colspan="{len(kinds)}" title="{escape(name.hint)}">'
+    body = "".join(f"<tr>{''.join(map(_td, kinds, line[1:]))}</tr>" for line in lines)
+    return f"<tr>{title}{escape(name.text)}</td></tr>{body}"
 
 
 def _provenance(every: Sequence[Row]) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from qgrid.report.load_table import Table
 from qgrid.report.sheet import Sheet
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~!&$])")
 
 
-def render(name: str, sheet: Sheet, surprises: Sequence[str]) -> str:
+def render(name: str, sheet: Sheet, surprises: Sequence[str], loads: Table | None = None) -> str:
     """The whole file; a table a group of comparable cells."""
     heads = [escape(" ".join(column.head)) for column in sheet.columns]
     rules = ["---:" if column.is_number else ":---" for column in sheet.columns]
@@ -21,7 +22,17 @@ def render(name: str, sheet: Sheet, surprises: Sequence[str]) -> str:
     lines += [f"{escape(mark)} {escape(sentence)}  " for mark, sentence in sheet.notes]
     if surprises:
         lines += ["", "## Surprises", "", *(f"- {escape(sentence)}" for sentence in surprises)]
+    if loads is not None:
+        lines += ["", "## Loads", "", *_loads(loads)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _loads(table: Table) -> list[str]:
+    rules = [":---", ":---", *["---:"] * (len(table.heads) - 2)]
+    lines = [_row([escape(head) for head in table.heads]), _row(rules)]
+    for group in table.groups:
+        lines += [_row([escape(text.whole) for text in line]) for line in group]
+    return [*lines, "", *(f"{escape(mark)} {escape(sentence)}  " for mark, sentence in table.notes)]
 
 
 def escape(text: str) -> str:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qgrid.report import numbers, rows
-from qgrid.report.rows import Row
-from qgrid.report.sheet import ALONE
+from qgrid.report.rows import ALONE, Row
 
 Number = Callable[[Row], float | None]
 _COLOURS = [[0.0, "#1a9850"], [0.45, "#8fb339"], [0.75, "#f0a030"], [1.0, "#c0392b"]]
@@ -46,7 +45,7 @@ def render(every: Sequence[Row]) -> str:
     )
     figure.update_layout(
         height=430,
-        margin={"l": 90, "r": 90, "t": 70, "b": 40},
+        margin={"l": _left(axes[0]), "r": 90, "t": 70, "b": 40},
         font={"family": "system-ui, sans-serif"},
         paper_bgcolor="rgba(0,0,0,0)",
     )
@@ -58,6 +57,12 @@ def render(every: Sequence[Row]) -> str:
             config={"displaylogo": False, "responsive": True, "displayModeBar": False},
         )
     )
+
+
+def _left(first: Axis) -> int:
+    """Pixels left of the first axis, whose names stand there."""
+    longest = max((len(_short(name)) for name in first.names), default=0)
+    return max(90, 20 + 7 * longest)
 
 
 def _axes(shown: Sequence[Row]) -> list[Axis]:

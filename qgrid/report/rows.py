@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from qgrid.report import axes, compare
 from qgrid.types import Measurement, PlannedCell, Record
 
 NOT_RUN = "not run"
+ALONE = "concurrency=1"
+_LOADS = ("concurrency", "rate")
 Measured = Mapping[tuple[str, str | None], Measurement]  # by metric and part
 
 
@@ -99,16 +101,37 @@ class Row:
         stored, computed = self.observed("stores_in"), self.observed("computes_in")
         return f"stores {_formats(stored)}, computes in {_formats(computed)}"
 
+    @property
+    def kernel(self) -> str | None:
+        """What multiplied by the quantized layers, where the engine told."""
+        told = self.observed("kernel")
+        return None if told is None else str(told)
+
+    @property
+    def asked_kernel(self) -> str | None:
+        """The kernel that the cell names; None where it leaves the choice to the runtime."""
+        asked = self.planned.cell.runtime.options.get("kernel")
+        return None if asked in (None, "auto") else str(asked)
+
+    @property
+    def has_other_kernel(self) -> bool:
+        """Whether another kernel came up than the one that was asked for."""
+        checks = () if self.record is None else self.record.checks
+        return any(check.name == "kernel" and not check.ok for check in checks)
+
     def observed(self, key: str) -> Any:
         """What a stage saw of the engine; the speed stage's word counts first."""
         if self.record is None:
             return None
-        seen = self.record.observed
         for stage in ("speed", "quality", "artifact"):
-            part = seen.get(stage)
-            if isinstance(part, Mapping) and key in part:
-                return part[key]
-        return seen.get(key)
+            if (told := self.observed_in(stage, key)) is not None:
+                return told
+        return self.record.observed.get(key)
+
+    def observed_in(self, stage: str, key: str) -> Any:
+        """What one stage saw of the engine."""
+        part = {} if self.record is None else self.record.observed.get(stage)
+        return part.get(key) if isinstance(part, Mapping) else None
 
 
 def _formats(seen: object) -> str:
@@ -157,18 +180,47 @@ def slices(rows: Sequence[Row]) -> list[str]:
     return [name for name in names if any(row.get("accuracy", name) for row in rows)]
 
 
-def loads(rows: Sequence[Row], metric: str) -> list[str]:
-    """The loads (`concurrency=1`, …) that a metric was measured at, smallest first."""
-    parts = {
-        part
-        for row in rows
-        for name, part in row.measured
-        if name == metric and part is not None and concurrency(part) is not None
-    }
-    return sorted(parts, key=lambda part: concurrency(part) or 0)
+@dataclass(frozen=True, order=True)
+class Load:
+    """A closed loop of `number` users, or an open one of `number` requests a second."""
+
+    is_open: bool
+    number: float
 
 
-def concurrency(part: str) -> int | None:
-    """8 for `concurrency=8`; None for the name of a slice."""
+def load(part: str) -> Load | None:
+    """The load that `concurrency=8` or `rate=2` names; None for the name of a slice."""
     head, _, number = part.partition("=")
-    return int(number) if head == "concurrency" and number.isdigit() else None
+    if head not in _LOADS:
+        return None
+    try:
+        return Load(head == "rate", float(number))
+    except ValueError:
+        return None
+
+
+def loads(rows: Sequence[Row], metric: str) -> list[str]:
+    """The loads that a metric was measured at: users, fewest first, then rates."""
+    return in_order(
+        {part for row in rows for name, part in row.measured if name == metric and part}
+    )
+
+
+def in_order(parts: Iterable[str]) -> list[str]:
+    """Those of the parts that are loads: users, fewest first, then rates."""
+    known = [(found, part) for part in parts if (found := load(part)) is not None]
+    return [part for _, part in sorted(known)]
+
+
+def is_closed(part: str) -> bool:
+    """Whether a load is a number of users, who wait for their answers."""
+    found = load(part)
+    return found is not None and not found.is_open
+
+
+def load_name(part: str) -> str:
+    """`batch 8` for `concurrency=8`, `2 req/s` for `rate=2`."""
+    found = load(part)
+    if found is None:
+        return part
+    return f"{found.number:g} req/s" if found.is_open else f"batch {found.number:g}"

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qgrid.report.sheet import Section, Sheet
+from qgrid.report.columns import Section
+from qgrid.report.sheet import Sheet
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 _STYLES = {"": "", "fell": "bold red", "faint": "dim", "bad": "red"}
-_LONGEST = 28  # characters of a label
+_LONGEST = 32  # characters of a label
 _GAP = 2  # between two columns, and one before the first
 _TITLES: dict[Section, str] = {
     "size": "size and memory",

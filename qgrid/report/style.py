@@ -36,6 +36,8 @@ table { border-collapse: collapse; font-size: 13.5px; }
 .notes { display: grid; grid-template-columns: max-content 1fr; gap: 2px 12px; margin: 12px 2px;
   color: var(--soft); font-size: 13px; }
 .notes dt { text-align: right; } .notes dd { margin: 0; overflow-wrap: anywhere; }
+.results td.cell { max-width: none; background: var(--band); }
+.loads { margin-top: 14px; max-height: 560px; overflow-y: auto; }
 .plot { border: 1px solid var(--line); border-radius: 6px; }
 .pairs th { text-align: left; font-weight: 500; color: var(--soft); padding: 2px 18px 2px 0;
   vertical-align: top; white-space: nowrap; }

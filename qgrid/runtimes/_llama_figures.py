@@ -16,6 +16,8 @@ _KV = re.compile(
 _WIDTH = re.compile(r"n_embd_([kv])_gqa +=\s+(.+)$")
 _LAYERS = re.compile(r" n_layer +=\s+(\d+)")
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers")
+_LAYER = re.compile(r"layer +(\d+) assigned to device (\S+),")
+_REPACKED = re.compile(r"repack tensor (\S+) with (\S+)|(amx) repack tensor (\S+) of type")
 _DEVICE = re.compile(r"using device (\S+) \((.+?)\) \(")
 _FLASH = re.compile(r"flash_attn +=\s+(\w+)|Flash Attention (enabled)|Flash Attention (not supp)")
 
@@ -30,11 +32,8 @@ class ModelFigures:
     layers: int
     offloaded: int
     devices: dict[str, str]  # of the GPUs it uses, name -> description
-
-    @property
-    def repacked(self) -> bool:
-        """Whether weights were laid out anew for this processor."""
-        return any("REPACK" in name or "AMX" in name for name in self.weights_bytes)
+    layer_devices: dict[int, str]  # layer -> `CPU`, `CUDA0`
+    repacked: dict[str, str]  # tensor that was laid out for this processor -> its layout
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class ContextFigures:
     flash_attention: bool
 
 
-def model_figures(lines: Sequence[str]) -> ModelFigures:
-    """The figures in the log of a load."""
+def model_figures(lines: Sequence[str], details: Sequence[str] = ()) -> ModelFigures:
+    """The figures in the log of a load; `details` are its lines for debugging."""
     layers = int(_only(_LAYERS, lines)[0])
     offloaded = [match.group(1) for match in map(_OFFLOADED.search, lines) if match]
     widths = _pairs(_WIDTH, lines)
@@ -61,7 +60,20 @@ def model_figures(lines: Sequence[str]) -> ModelFigures:
         layers=layers,
         offloaded=int(offloaded[-1]) if offloaded else 0,
         devices=_pairs(_DEVICE, lines),
+        layer_devices={int(layer): name for layer, name in _pairs(_LAYER, details).items()},
+        repacked=_layouts(details, has_buffer=any("CPU_REPACK" in line for line in lines)),
     )
+
+
+def _layouts(details: Sequence[str], has_buffer: bool) -> dict[str, str]:
+    """Tensor -> layout, such as `q4_K_8x8` or `amx`."""
+    found: dict[str, str] = {}
+    for match in filter(None, map(_REPACKED.search, details)):
+        tensor, layout, amx, amx_tensor = match.groups()
+        found[tensor if amx is None else amx_tensor] = layout if amx is None else amx
+    if has_buffer and not found:
+        raise LlamaError("llama.cpp's log does not say which tensors it repacked: another version?")
+    return found
 
 
 def context_figures(lines: Sequence[str]) -> ContextFigures:

@@ -76,7 +76,7 @@ class Model:
             if not self.pointer:
                 raise said.error(f"load {file.name}")
         self._free = weakref.finalize(self, _quietly, llama_cpp.llama_model_free, self.pointer)
-        self.figures: ModelFigures = figures.model_figures(said.lines)
+        self.figures: ModelFigures = figures.model_figures(said.lines, said.detail_lines)
         self.vocab: int = llama_cpp.llama_vocab_n_tokens(
             llama_cpp.llama_model_get_vocab(self.pointer)
         )

@@ -7,10 +7,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from qgrid import gptq_kernels
+
 if TYPE_CHECKING:
     import torch
 
-_OWN = ("bitsandbytes", "compressed_tensors", "torchao", "optimum", "hqq")  # may hide tensors
+_OWN = (
+    "gptqmodel",
+    "bitsandbytes",
+    "compressed_tensors",
+    "torchao",
+    "optimum",
+    "hqq",
+)  # may hide tensors
 _DEPTH = 4
 
 
@@ -24,14 +33,18 @@ class Stored:
 
 def linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The linear layers by name, the output head left out."""
-    import torch
-
     head = cast(Any, model).get_output_embeddings()
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+        if _multiplies(module) and module is not head
     }
+
+
+def _multiplies(module: torch.nn.Module) -> bool:
+    import torch
+
+    return isinstance(module, torch.nn.Linear) or gptq_kernels.is_kernel(module)
 
 
 def stored(module: torch.nn.Module, plain: str | None = None) -> Stored:
@@ -41,6 +54,8 @@ def stored(module: torch.nn.Module, plain: str | None = None) -> Stored:
     """
     import torch
 
+    if gptq_kernels.is_kernel(module):
+        return _stored_natively(module)
     kind = type(module).__name__
     weight = getattr(module, "weight", None)
     if kind == "Linear4bit":
@@ -54,7 +69,31 @@ def stored(module: torch.nn.Module, plain: str | None = None) -> Stored:
     if weight is None:
         return Stored(kind, 0)
     dtype = plain if plain and _is_plain(module) else str(weight.dtype).removeprefix("torch.")
-    return Stored(dtype, 8 * getattr(torch, dtype).itemsize)
+    return Stored(dtype + _rounding(module), 8 * getattr(torch, dtype).itemsize)
+
+
+def _stored_natively(module: Any) -> Stored:
+    """A layer of gptqmodel: packed as in the file, or rounded again to 8 bits for its kernel."""
+    if getattr(module, "qweight", None) is None:
+        return Stored("int8", 8)
+    return _declared(module)
+
+
+def _declared(module: Any) -> Stored:
+    """What a layer of gptqmodel was given to load: other widths would not fit its tensors."""
+    return Stored(gptq_kernels.format_of(module), int(module.bits))
+
+
+def _rounding(module: torch.nn.Module) -> str:
+    """What an unpacked layer still does to activations: compressed-tensors rounds them as it runs.
+
+    Rounded values go into a product in floating point: the numbers of W8A8, not its speed.
+    """
+    inputs = getattr(getattr(module, "quantization_scheme", None), "input_activations", None)
+    if inputs is None:
+        return ""
+    kind = "fp" if str(getattr(inputs.type, "value", inputs.type)) == "float" else "int"
+    return f" with activations rounded to {kind}{inputs.num_bits}"
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
@@ -63,16 +102,25 @@ def _is_plain(module: torch.nn.Module) -> bool:
     return weight is not None and weight.is_floating_point() and weight.element_size() > 1
 
 
-def histogram(model: torch.nn.Module, plain: str | None = None) -> Counter[Stored]:
-    """How many linears are stored in which way; `plain` as in `stored`."""
-    return Counter(stored(module, plain) for module in linears(model).values())
+def histogram(model: torch.nn.Module) -> Counter[Stored]:
+    """How many linears are held in which way now."""
+    return Counter(stored(module) for module in linears(model).values())
+
+
+def arrived(model: torch.nn.Module, plain: str | None) -> Counter[Stored]:
+    """How many linears came out of the files in which way; `plain` as in `stored`.
+
+    Ask before the first forward pass. Some kernels of gptqmodel pack anew while they load.
+    """
+    return Counter(
+        _declared(module) if gptq_kernels.is_kernel(module) else stored(module, plain)
+        for module in linears(model).values()
+    )
 
 
 def classes(model: torch.nn.Module) -> dict[str, int]:
     """Class names of the layers that multiply, the output head among them, with counts."""
-    import torch
-
-    found = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    found = [module for module in model.modules() if _multiplies(module)]
     return dict(Counter(type(module).__name__ for module in found))
 
 

@@ -12,7 +12,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from qgrid.contracts import Generation, InvalidEngine, Memory, Scores
 from qgrid.device import compute_threads
-from qgrid.runtimes import _llama_facts
+from qgrid.runtimes import _llama_facts, _llama_kernels
 from qgrid.runtimes._llama_figures import ModelFigures
 from qgrid.runtimes._llama_generation import Batcher
 from qgrid.runtimes._llama_model import Context, Model, Placement, Room, Settings
@@ -64,7 +64,7 @@ class Options:
     batch: PositiveInt
     ubatch: PositiveInt
     mmap: bool
-    repack: bool
+    kernel: str
 
 
 def refusal(cell: Cell) -> str | None:
@@ -81,7 +81,7 @@ def refusal(cell: Cell) -> str | None:
             f"`runtime.ubatch={options.ubatch}` should be between {_LEAST_TOKENS} and "
             f"`runtime.batch={options.batch}`"
         )
-    return None
+    return _llama_kernels.refusal(cell, options.kernel)
 
 
 def kv_bits(cell: Cell) -> float:
@@ -105,6 +105,7 @@ class LlamaCpp:
             flash_attention=self._options.flash_attention,
             kv_type=self._kv.number,
         )
+        self._linears = _llama_kernels.modules(header, model.figures)
         self._contexts: dict[bool, Context] = {}
         self._latest = self._context(self._room(places=1, cells=1))
         self._scorer = Scorer(
@@ -149,6 +150,8 @@ class LlamaCpp:
             "device": next(iter(loaded.devices.values()), "cpu") if loaded.offloaded else "cpu",
             "device_kind": _kind(loaded),
             "kernels": dict(self.kernels()),
+            "kernel": _llama_kernels.name(self._linears),
+            "linear_kernels": self._linears,
             "stores_in": dict(_llama_facts.linears(self._header)),
             "tensor_types": self._header.histogram(),
             "file_type": _llama_facts.file_type(self._header),
@@ -164,7 +167,7 @@ class LlamaCpp:
             "kv_buffer_bytes": held.kv_bytes,
             "kv_cells": held.cells,
             "compute_buffer_bytes": held.compute_bytes,
-            "repacked": loaded.repacked,
+            "repacked": bool(loaded.repacked),
             "mmap": any("Mapped" in name for name in loaded.weights_bytes),
             "unread_table_bytes": _llama_facts.unread_table(self._header),
             **_llama_facts.library(),
@@ -176,6 +179,7 @@ class LlamaCpp:
         flash = self._options.flash_attention
         return (
             _gpu_check(self._cell, self._options.gpu_layers, loaded),
+            _llama_kernels.check(self._options.kernel, self._linears),
             Check(
                 "kv_type",
                 ok=held.key_type == held.value_type == self._kv.name,
@@ -234,7 +238,7 @@ def load(artifact: Path, cell: Cell, dtype: str) -> LlamaCpp:
     """Load `model.gguf` of `artifact`; `dtype` is `float32`, the only one that is declared.
 
     Raises:
-        InvalidEngine: weights or layers on a GPU are not what the cell says.
+        InvalidEngine: weights, layers on a GPU or the kernel are not what the cell says.
         LlamaError, MemoryError: the library cannot load it, or has no memory for it.
     """
     from qgrid.gguf import file
@@ -245,13 +249,17 @@ def load(artifact: Path, cell: Cell, dtype: str) -> LlamaCpp:
     cuda = cell.gpu.kind == "cuda"
     asked = options.gpu_layers if cuda or options.gpu_layers is not None else 0
     gpus = cell.gpu.count if cuda or asked else 0
-    model = Model(artifact / WEIGHTS, Placement(asked, gpus, options.mmap, options.repack))
+    laid_out = _llama_kernels.uses_layouts(options.kernel)
+    model = Model(artifact / WEIGHTS, Placement(asked, gpus, options.mmap, laid_out))
     check = _gpu_check(cell, options.gpu_layers, model.figures)
     if check.fatal and not check.ok:
         raise InvalidEngine(
             f"`gpu={cell.gpu.name}` needs {check.expected}, but llama.cpp put {check.actual} "
             "there; install llama-cpp-python built with CUDA, or set `runtime.gpu_layers`"
         )
+    kernel = _llama_kernels.check(options.kernel, _llama_kernels.modules(header, model.figures))
+    if not kernel.ok:
+        raise _llama_kernels.WrongKernel(options.kernel, kernel)
     return LlamaCpp(model, header, cell)
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qgrid.contracts import Generation, InvalidEngine, Memory, Scores
+from qgrid import gptq_kernels, models, registry
+from qgrid.contracts import Generation, InvalidEngine, Memory, Scores, Unsupported
 from qgrid.device import compute_threads
-from qgrid.runtimes import _storage
+from qgrid.runtimes import _linear_kernels, _storage
 from qgrid.runtimes._scoring import Scorer, slides
 from qgrid.types import RuntimeSupport
 
@@ -25,6 +26,9 @@ _FORMATS = (
     "safetensors-16bit",
     "pack-quantized",
     "int-quantized",
+    "float-quantized",
+    "gptq",
+    "awq",
     "bitsandbytes-nf4",
     "bitsandbytes-int8",
 )
@@ -42,6 +46,14 @@ class Options:
     """Options of this runtime."""
 
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
+    kernel: str = gptq_kernels.AUTO  # of a native checkpoint; see `qgrid.gptq_kernels`
+
+
+def refusal(cell: Cell) -> str | None:
+    """Why the cell's kernel cannot be had for its artifact."""
+    made = registry.support(cell.method).produces[cell.bits]
+    kernel = cell.runtime.options.get("kernel", gptq_kernels.AUTO)
+    return gptq_kernels.refusal(kernel, made, cell.bits, cell.gpu.kind)
 
 
 class Transformers:
@@ -104,7 +116,9 @@ class Transformers:
         import torch
 
         now = _storage.histogram(self._model)
+        layers = _linear_kernels.kernels(self._model, self._dtype)
         return {
+            **_linear_kernels.facts(layers, self._dtype, self._device.type),
             "device": _device_name(self._device),
             "device_kind": self._device.type,
             "kernels": dict(self.kernels()),
@@ -119,8 +133,9 @@ class Transformers:
         }
 
     def checks(self) -> Sequence[Check]:
-        """See `Engine.checks`: `load` has raised already for what differs."""
-        return ()
+        """See `Engine.checks`: `load` has raised already for what differs otherwise."""
+        layers = _linear_kernels.kernels(self._model, self._dtype)
+        return _linear_kernels.checks(layers, self._options.kernel)
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -145,30 +160,46 @@ def load(artifact: Path, cell: Cell, dtype: str) -> Transformers:
 
     Raises:
         InvalidEngine: the device or the storage of the weights is not what the cell says.
+        Unsupported: the library does not have the kernel for these weights.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     options = Options(**cell.runtime.options)
     _quiet()
     _require_device(cell)
     if cell.gpu.kind == "cpu":
         torch.set_num_threads(compute_threads(cell.runtime.threads))
-    model = AutoModelForCausalLM.from_pretrained(
-        artifact,
-        dtype=getattr(torch, dtype),
-        attn_implementation=options.attn_implementation,
-        device_map={"": "cuda:0" if cell.gpu.kind == "cuda" else "cpu"},
-        trust_remote_code=cell.model.trust_remote_code,
-        use_safetensors=None if cell.model.allow_pickle else True,
-        local_files_only=True,
-    ).eval()
+    model = _model(artifact, cell, dtype, options)
     _require_attention(model.config, options)
     model.generation_config = GenerationConfig()  # greedy, and nothing that the checkpoint adds
-    arrived = _storage.histogram(model, _checkpoint_dtype(artifact))
+    arrived = _storage.arrived(model, _checkpoint_dtype(artifact))
     require_storage(arrived, cell)
     _compute_in(model, dtype)
     return Transformers(model, dtype, arrived, options)
+
+
+def _model(artifact: Path, cell: Cell, dtype: str, options: Options) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    arguments = {
+        "dtype": getattr(torch, dtype),
+        "attn_implementation": options.attn_implementation,
+        "device_map": {"": "cuda:0" if cell.gpu.kind == "cuda" else "cpu"},
+        "local_files_only": True,
+        **models.load_options(cell.model),
+        **gptq_kernels.asked(artifact, options.kernel, dtype),
+    }
+    try:
+        return AutoModelForCausalLM.from_pretrained(artifact, **arguments).eval()
+    except (ValueError, ImportError, NotImplementedError) as error:
+        if options.kernel == gptq_kernels.AUTO:
+            raise
+        first = str(error).strip().partition("\n")[0]
+        raise Unsupported(
+            f"`runtime.kernel={options.kernel}` cannot be had for these weights here: {first}"
+        ) from error
 
 
 def require_storage(arrived: Mapping[_storage.Stored, int], cell: Cell) -> None:
@@ -216,10 +247,11 @@ def _require_device(cell: Cell) -> None:
 
 
 def _compute_in(model: Any, dtype: str) -> None:
-    """Make bitsandbytes 4-bit layers compute in `dtype`.
+    """Make layers of bitsandbytes and gptqmodel compute in `dtype`.
 
     The checkpoint's own setting would win otherwise, and with AVX-512 bitsandbytes rounds
     activations and scales to bf16 on a CPU whatever the dtype: fp32 quality must not pass there.
+    gptqmodel would round scale times code to fp16.
     """
     import torch
 
@@ -231,6 +263,8 @@ def _compute_in(model: Any, dtype: str) -> None:
             module.weight.quant_state.dtype = getattr(torch, dtype)  # else unpacked in bf16
             if dtype == "float32":
                 module.support_avx512bf16_for_cpu = False
+        elif gptq_kernels.is_kernel(module) and gptq_kernels.computes_exactly(module, dtype):
+            module.scales = module.scales.float()
 
 
 def _require_attention(config: Any, options: Options) -> None:

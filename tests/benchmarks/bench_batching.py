@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from qgrid import stats
 from qgrid.contracts import Generation
-from qgrid.measure import speed
 from qgrid.runtimes import llama_cpp as runtime
+from qgrid.serving.samples import Sample
+from qgrid.serving.summary import figures
 from tests.benchmarks.bench_llama_cpp import as_in_a_worker, cell, loaded
 from tests.runtimes import random_gguf
 from tests.runtimes.batching import divergence
@@ -31,7 +32,13 @@ WANTED = {"F16": "2 or more, at least 1.8", "Q4_K_M": "only printed"}
 
 def rate(made: Sequence[Generation]) -> float:
     """Decode rate of a batch as qgrid computes it."""
-    return speed.sample(made, len(made), 0, PROMPT, 0.0).decode_throughput
+    samples = [
+        Sample("", 0, i, None, 0.0, each.seconds, PROMPT, len(each.ids), True)
+        for i, each in enumerate(made)
+    ]
+    found = figures(samples).decode_throughput
+    assert found is not None
+    return found
 
 
 def measure(engine: runtime.LlamaCpp, tokens: int, pairs: int, vocab: int) -> None:

@@ -52,7 +52,7 @@ def cell(threads: int, bits: int = 16) -> Cell:
         "batch": 2048,
         "ubatch": 512,
         "mmap": False,
-        "repack": True,
+        "kernel": "auto",
     }
     return Cell(
         model=Model("random", "random", None, False, False),

@@ -16,11 +16,11 @@ from qgrid import artifacts, codec, models, registry
 from qgrid.artifacts import BadArtifact
 from qgrid.contracts import Built, Unsupported
 from qgrid.files import HashCache
-from qgrid.methods import _checkpoint, _llmcompressor
+from qgrid.methods import _checkpoint, _packed
 from qgrid.types import Cell, StageResult
 from tests import jobs
 
-OWN = ("none", "rtn", "gptq", "awq", "nf4", "int8")
+OWN = ("none", "rtn", "gptq", "awq", "nf4", "int8", "smoothquant", "fp8")
 WIDTHS = [(m, b) for m in OWN for b in registry.method(m).SUPPORTS.bits]
 CODES = {"rtn": 0.126, "gptq": 0.126, "awq": 0.126, "none": 0.0}  # scales and shape above the width
 
@@ -211,9 +211,9 @@ def test_schemes_are_those_of_compressed_tensors(scheme: str) -> None:
     from compressed_tensors.quantization import preset_name_to_scheme
 
     preset = preset_name_to_scheme(scheme, ["Linear"]).weights
-    bits = _llmcompressor.option_bits(jobs.options("rtn", scheme=scheme))
+    bits = _packed.option_bits(jobs.options("rtn", scheme=scheme))
     assert bits is not None
-    ours = _llmcompressor.weights(bits, jobs.options("rtn", scheme=scheme))
+    ours = _packed.weights(bits, jobs.options("rtn", scheme=scheme))
     assert (ours.bits, ours.group_size, ours.symmetric) == (
         preset.num_bits,
         preset.group_size,

@@ -38,6 +38,7 @@ BASE = {
     "knowledge": 0.83,
     "long_context": 0.66,
 }
+LEVELS = (1, 2, 4, 8, 16)  # concurrencies of a served cell
 SLICES = Slices(
     "demo", None, {name: Slice(f"{name}.jsonl", "exact", True, 100, 8) for name in BASE}
 )
@@ -84,6 +85,11 @@ class Sweep:
         old = self.record(method, bits)
         by_key = {(m.metric, m.slice): m for m in (*old.measurements, *measurements)}
         return self.changed(method, bits, measurements=tuple(by_key.values()))
+
+    def observing(self, method: str, bits: int, **seen: Any) -> Sweep:
+        """The sweep whose speed stage told more of one engine."""
+        old = self.record(method, bits).observed
+        return self.changed(method, bits, observed={**old, "speed": {**old["speed"], **seen}})
 
 
 def number(metric: str, value: float, part: str | None = None, **more: Any) -> Measurement:
@@ -280,3 +286,32 @@ def make_number() -> Callable[..., Measurement]:
 def make_change() -> Callable[[str, float, float], Measurement]:
     """`change(slice, value, half width)` for tests."""
     return change
+
+
+def curve(peak: float, alone: float) -> list[Measurement]:
+    """A server that saturates: throughput towards `peak`, latency as Little's law has it."""
+    found = [number("goodput", 2.5, "rate=4", n=5), number("output_throughput", 90.0, "rate=4")]
+    for users in LEVELS:
+        part, speed = f"concurrency={users}", peak * users / (users + peak / alone - 1)
+        near = {"n": 5, "low": 0.98 * speed, "high": 1.02 * speed}
+        tpot = 1000 * users / speed
+        found += [
+            number("output_throughput", speed, part, **near),
+            number("decode_throughput", 1.1 * speed, part, n=5, low=speed, high=1.2 * speed),
+            number("goodput", speed / 32, part, n=5),
+            number("ttft_ms", 20.0 * users, part, n=40, low=19.0 * users, high=21.0 * users),
+            number("ttft_p99_ms", 31.0 * users, part, n=40),
+            number("tpot_ms", tpot, part, n=40, low=0.9 * tpot, high=1.1 * tpot),
+            number("failed_requests", 0.0, part, n=40),
+            number("timing_cv", 0.01, part, n=5),
+        ]
+    return found
+
+
+@pytest.fixture
+def served(sweep: Sweep) -> Sweep:
+    """Two cells with a curve of five concurrencies and an open loop, knee and users told."""
+    for (method, bits), (peak, alone) in {("none", 16): (300, 90), ("nf4", 4): (210, 120)}.items():
+        told = [number("knee_concurrency", 4.0), number("max_users", 16.0)]
+        sweep = sweep.measured(method, bits, *curve(peak, alone), *told)
+    return sweep.observing("nf4", 4, at_least=["max_users"])

@@ -91,6 +91,11 @@ def test_refused_cells_are_rows_with_their_reason(sweep: Sweep) -> None:
     assert line(sweep, "cell-nf4-8")["reason"].startswith("method `nf4` has no `bits=8`")
 
 
+def test_a_reason_that_is_a_note_as_well_is_told_once(sweep: Sweep) -> None:
+    failed = sweep.changed("nf4", 4, status="crashed", error=Failure("crashed", "x"), notes=("x",))
+    assert re.fullmatch(r"crashed \[\d\]", shown(failed, "nf4", 4)["status"])
+
+
 def test_planned_cells_without_a_record_are_not_run(sweep: Sweep) -> None:
     text = flat.render(sweep.planned, [])
     statuses = [each["status"] for each in csv.DictReader(io.StringIO(text))]

@@ -54,7 +54,7 @@ LLAMA_CPP: dict[str, Any] = {
     "batch": 2048,
     "ubatch": 512,
     "mmap": False,
-    "repack": True,
+    "kernel": "auto",
 }
 
 

@@ -74,6 +74,7 @@ def test_observed_is_what_the_file_and_the_library_say(folder: Path, llama_cell:
     assert seen["llama_cpp_python"] == "0.3.36"
     assert outcome(engine) == {
         "gpu_layers": (True, False, "0 of 3"),
+        "kernel": (True, True, "0 of 14 linear layers repacked"),
         "kv_type": (True, True, "keys in f16, values in f16"),
         "flash_attention": (True, False, "on"),
     }
@@ -142,7 +143,7 @@ def test_weights_are_the_librarys_buffers(folder: Path, packed: Path, llama_cell
     exact = sum(tensor.nbytes for tensor in header.tensors.values())
     engine = runtime.load(folder, llama_cell(), "float32")
     assert engine.memory().weights_bytes == pytest.approx(exact, abs=2 * 2**20 * 0.005)
-    plain = runtime.load(packed, llama_cell({"repack": False}, bits=4), "float32")
+    plain = runtime.load(packed, llama_cell({"kernel": "plain"}, bits=4), "float32")
     laid = runtime.load(packed, llama_cell(bits=4), "float32")
     assert plain.memory().weights_bytes < 0.6 * exact
     assert not plain.observed()["repacked"]
@@ -282,7 +283,8 @@ def test_the_speed_stage_times_and_checks(
     codec.dumps(result)
     found = {(each.metric, each.slice) for each in result.measurements}
     assert ("decode_throughput", "concurrency=4") in found
-    assert {each.name for each in result.checks} == {"gpu_layers", "kv_type", "flash_attention"}
+    names = {each.name for each in result.checks}
+    assert names == {"gpu_layers", "kernel", "kv_type", "flash_attention"}
 
 
 OWN_PROCESS = """

@@ -1,0 +1,142 @@
+"""Integer weights by group: what the options mean, what a layer takes, what does not divide.
+
+`rtn`, `gptq` and `awq` store such weights. In compressed-tensors' layout `pack-quantized` every row
+is a run of 32-bit words, beside a 16-bit scale a group, zero points where it is not symmetric, and
+the shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import PositiveInt
+
+from qgrid import inspection, models
+from qgrid.methods import _checkpoint
+from qgrid.methods import _llmcompressor as llmc
+from qgrid.types import Cell, MethodSupport
+
+Scheme = Literal["W2A16", "W3A16", "W4A16", "W8A16", "W4A16_ASYM"]  # presets of the library
+FORMAT = "pack-quantized"
+BITS = (2, 3, 4, 8)
+_SCHEME_GROUP = 128  # columns a scale covers in every integer preset of compressed-tensors
+_GROUPS = (128, 64, 32, 16)  # to suggest
+
+
+@dataclass(frozen=True)
+class Options:
+    """`group_size` None: one scale a row. A `scheme` replaces `group_size` and `symmetric`."""
+
+    group_size: PositiveInt | None
+    symmetric: bool
+    scheme: Scheme | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How a linear layer's weights are stored. `group_size` None: one scale a row."""
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+
+def supports(calibrated: bool) -> MethodSupport:
+    """What a method makes that stores such weights through llmcompressor."""
+    return MethodSupport(
+        bits=BITS,
+        default_bits=4,
+        produces=dict.fromkeys(BITS, FORMAT),
+        packages=llmc.PACKAGES,
+        calibrated=calibrated,
+    )
+
+
+def option_bits(options: Mapping[str, Any]) -> int | None:
+    """The width that `scheme` implies, if any."""
+    scheme = options["scheme"]
+    return None if scheme is None else int(scheme[1])
+
+
+def weights(bits: int, options: Mapping[str, Any]) -> Weights:
+    """Resolve the options; a preset scheme replaces `group_size` and `symmetric`."""
+    scheme = options["scheme"]
+    if scheme is None:
+        return Weights(bits, options["group_size"], options["symmetric"])
+    return Weights(bits, _SCHEME_GROUP, symmetric=not scheme.endswith("_ASYM"))
+
+
+def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
+    """Stored bits of a large linear layer, scales and zero points included."""
+    return stored_bits(bits, options, *llmc.LARGE)
+
+
+def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:
+    """Bits per weight of one packed layer: 32-bit words, 16-bit scales, zero points, the shape."""
+    stored = weights(bits, options)
+    groups = 1 if stored.group_size is None else -(-columns // stored.group_size)
+    codes = rows * _words(columns * bits)
+    zeros = 0 if stored.symmetric else groups * _words(rows * bits)
+    return (codes + 16 * rows * groups + zeros + 128) / (rows * columns)
+
+
+def _words(bits: int) -> int:
+    """Bits in whole 32-bit words."""
+    return 32 * -(-bits // 32)
+
+
+def refusal(cell: Cell) -> str | None:
+    """Why the cell's model cannot be stored so, with two ways out; None if it can.
+
+    Also None while the model is not on this machine: `quantize` asks again.
+    """
+    source = models.located(cell.model)
+    if source is None or not (source / "config.json").is_file():
+        return None
+    return indivisible(source, weights(cell.bits, cell.method.options).group_size)
+
+
+def refuse(cell: Cell, source: Path) -> None:
+    """Refuse a checkpoint whose layers the cell's groups do not divide.
+
+    Raises:
+        Unsupported: names the layers and two ways out.
+    """
+    _checkpoint.refuse(indivisible(source, weights(cell.bits, cell.method.options).group_size))
+
+
+@cache
+def indivisible(source: Path, group_size: int | None) -> str | None:
+    """Which layers of a checkpoint a group does not divide, and the two ways out."""
+    linears = inspection.decoder_linears(inspection.read_headers(source))
+    columns = {name: columns for name, (_, columns) in linears.items()}
+    bad = [name for name, width in columns.items() if group_size and width % group_size]
+    if not bad:
+        return None
+    fits = next((g for g in _GROUPS if not any(width % g for width in columns.values())), None)
+    first = ", ".join(f"{name} ({columns[name]} columns)" for name in bad[:3])
+    smaller = f"`method.group_size={fits}` (divides all)" if fits else "a divisor of all"
+    return (
+        f"`method.group_size={group_size}` does not divide the columns of {len(bad)} "
+        f"layers: {first}{', ...' if len(bad) > 3 else ''}; use {smaller} or "
+        "`method.group_size=null` (one scale a row)"
+    )
+
+
+def scheme(cell: Cell) -> llmc.Scheme:
+    """The cell's weights in llmcompressor's words; activations stay as they are."""
+    stored = weights(cell.bits, cell.method.options)
+    grouped = stored.group_size is not None
+    return {
+        "weights": {
+            "num_bits": stored.bits,
+            "type": "int",
+            "symmetric": stored.symmetric,
+            "strategy": "group" if grouped else "channel",
+            "group_size": stored.group_size,
+        }
+    }

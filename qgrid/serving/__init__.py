@@ -1,0 +1,1 @@
+"""Requests to OpenAI-compatible servers, and one load generator for servers and engines."""

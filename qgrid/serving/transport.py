@@ -1,0 +1,361 @@
+"""One request to an OpenAI-compatible server: a JSON answer, or a stream of server-sent events.
+
+Every way in which it can fail ends as `RequestFailed`, and nothing waits longer than its deadline.
+The key goes into a header and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from qgrid import redact
+from qgrid.serving.events import Events, NotEvents
+from qgrid.serving.failures import RequestFailed, clean, complaint, refusal
+
+if TYPE_CHECKING:
+    from aiohttp import ClientResponse, ClientSession
+
+    from qgrid.contracts import Endpoint
+
+__all__ = ["Chunk", "RequestFailed", "get", "post", "session", "stream", "text"]
+
+MOST_BODY = 512 * 2**20  # bytes of one JSON answer; those with many log-probabilities are long
+MOST_STREAM = 256 * 2**20  # bytes of one stream
+_MOST_ERROR = 64 * 2**10
+_IDLE_SECONDS = 4.0  # servers often close a connection after five seconds without a request
+_FAREWELL_SECONDS = 1.0  # for a server to end a stream after saying that it is done
+_DONE = b"[DONE]"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One event of a stream: when it arrived (`time.perf_counter()`) and what it holds."""
+
+    moment: float
+    raw: bytes = field(repr=False)
+    where: str = field(default="", repr=False)
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """The event as JSON, read when first asked for: not while others are being timed.
+
+        Raises:
+            RequestFailed: it is no JSON object.
+        """
+        return _object(self.where, self.raw)
+
+
+@asynccontextmanager
+async def session(endpoint: Endpoint, connections: int) -> AsyncIterator[ClientSession]:
+    """A pool of at most `connections` connections, kept for as long as servers keep them.
+
+    A proxy of the environment is used, except for hosts that it is not meant for (`NO_PROXY`).
+    """
+    import aiohttp
+
+    connector = aiohttp.TCPConnector(limit=connections, keepalive_timeout=_IDLE_SECONDS)
+    async with aiohttp.ClientSession(
+        connector=connector,
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # deadlines are per request
+        headers={"Accept-Encoding": "identity"},  # a compressed stream comes in lumps
+        cookie_jar=aiohttp.DummyCookieJar(),
+        proxy=_proxy(endpoint.base_url),
+        read_bufsize=2**18,
+    ) as opened:
+        yield opened
+
+
+async def post(
+    session: ClientSession,
+    endpoint: Endpoint,
+    path: str,
+    body: Mapping[str, Any],
+    deadline: float,
+) -> dict[str, Any]:
+    """The JSON answer to a POST to `base_url + path`, within `deadline` seconds.
+
+    Raises:
+        RequestFailed: there is none, whatever the reason.
+    """
+    return await _answer(session, endpoint, "POST", path, body, deadline)
+
+
+async def get(
+    session: ClientSession, endpoint: Endpoint, path: str, deadline: float
+) -> dict[str, Any]:
+    """The JSON answer to a GET of `base_url + path`, within `deadline` seconds.
+
+    Raises:
+        RequestFailed: there is none, whatever the reason.
+    """
+    return await _answer(session, endpoint, "GET", path, None, deadline)
+
+
+async def text(session: ClientSession, endpoint: Endpoint, url: str, deadline: float) -> str:
+    """What a GET of `url` gives; the key goes along only to the endpoint's own origin.
+
+    Raises:
+        RequestFailed: there is none, whatever the reason.
+    """
+    until = time.perf_counter() + deadline
+    where = redact.text(f"GET {url}")
+    headers = _headers(endpoint) if _origin(url) == _origin(endpoint.base_url) else {}
+    with _named(where, endpoint.key):
+        response = await _within(
+            session.get(url, headers=headers, allow_redirects=False), until, where
+        )
+        async with response:
+            return (await _body(response, endpoint, until, where)).decode(errors="replace")
+
+
+async def stream(  # noqa: PLR0913, PLR0917 - one request is that many facts
+    session: ClientSession,
+    endpoint: Endpoint,
+    path: str,
+    body: Mapping[str, Any] | bytes,
+    deadline: float,
+    stall: float | None = None,
+) -> AsyncGenerator[Chunk, None]:
+    """The events of a streamed answer as they arrive, up to `[DONE]`.
+
+    `body` may be JSON already. `stall`: seconds without anything new after the first event; None:
+    only `deadline` counts. Close it (`contextlib.aclosing`) where you stop before its end.
+
+    Raises:
+        RequestFailed: no stream, an error in it, or one that ends before it is finished. Events
+            that came before were yielded.
+    """
+    until = time.perf_counter() + deadline
+    where = _where(endpoint, path)
+    with _named(where, endpoint.key):
+        response = await _within(_send(session, endpoint, "POST", path, body), until, where)
+        async with response:
+            await _require_stream(response, endpoint, until, where)
+            last: list[Chunk] = []
+            done = False
+            async for moment, data in _arrivals(response, until, stall, where):
+                if data == _DONE:
+                    done = True
+                    break
+                chunk = Chunk(moment, data, where)
+                _require_no_complaint(chunk, endpoint.key)
+                last = [*last[-1:], chunk]
+                yield chunk
+            if not done:
+                _require_finished(last, where)
+            elif not last:
+                raise RequestFailed("garbage", f"{where}: the stream held nothing")
+            else:
+                await _farewell(response)
+
+
+async def _arrivals(
+    response: ClientResponse, until: float, stall: float | None, where: str
+) -> AsyncIterator[tuple[float, bytes]]:
+    """Moment and data of every event."""
+    events, size, begun = Events(), 0, False
+    read = response.content.readany
+    try:
+        while True:
+            allowed = until if stall is None or not begun else time.perf_counter() + stall
+            piece = await _within(read(), min(until, allowed), where, stalled=allowed < until)
+            moment = time.perf_counter()
+            size += len(piece)
+            if size > MOST_STREAM:
+                raise NotEvents(f"a stream of more than {MOST_STREAM} bytes")
+            for data in events.feed(piece) if piece else events.finish():
+                begun = True
+                yield moment, data
+            if not piece:
+                return
+    except NotEvents as error:
+        raise RequestFailed("garbage", f"{where}: the stream holds {error}") from None
+
+
+async def _within(awaited: Any, until: float, where: str, *, stalled: bool = False) -> Any:
+    """What `awaited` gives, before the moment `until`."""
+    try:
+        async with asyncio.timeout(max(0.0, until - time.perf_counter())):
+            return await awaited
+    except TimeoutError:
+        reason = "the stream stood still for too long" if stalled else "the deadline has passed"
+        raise RequestFailed("timeout", f"{where}: {reason}") from None
+
+
+async def _farewell(response: ClientResponse) -> None:
+    """Read to the end of the answer, so that its connection can be used again."""
+    try:
+        async with asyncio.timeout(_FAREWELL_SECONDS):
+            while not response.content.at_eof():
+                await response.content.readany()
+    except TimeoutError:
+        response.close()
+
+
+async def _answer(  # noqa: PLR0913, PLR0917 - one request is that many facts
+    session: ClientSession,
+    endpoint: Endpoint,
+    method: str,
+    path: str,
+    body: Mapping[str, Any] | None,
+    deadline: float,
+) -> dict[str, Any]:
+    until = time.perf_counter() + deadline
+    where = _where(endpoint, path, method)
+    with _named(where, endpoint.key):
+        response = await _within(_send(session, endpoint, method, path, body), until, where)
+        async with response:
+            answer = _object(where, await _body(response, endpoint, until, where))
+    failure = complaint(where, answer, endpoint.key)
+    if failure is not None:
+        raise failure
+    return answer
+
+
+async def _send(
+    session: ClientSession,
+    endpoint: Endpoint,
+    method: str,
+    path: str,
+    body: Mapping[str, Any] | bytes | None,
+) -> ClientResponse:
+    headers = _headers(endpoint)
+    if body is not None:
+        headers["Content-Type"] = "application/json"
+    content = json.dumps(body).encode() if isinstance(body, Mapping) else body
+    url = endpoint.base_url.rstrip("/") + path
+    return await session.request(method, url, data=content, headers=headers, allow_redirects=False)
+
+
+async def _body(response: ClientResponse, endpoint: Endpoint, until: float, where: str) -> bytes:
+    """All of an answer of status 200."""
+    if response.status != 200:
+        raise await _refused(response, endpoint, until, where)
+    body = await _within(_read(response, MOST_BODY), until, where)
+    if len(body) > MOST_BODY:
+        raise RequestFailed(
+            "garbage", f"{where}: an answer of more than {MOST_BODY} bytes", retryable=False
+        )
+    return bytes(body)
+
+
+async def _refused(
+    response: ClientResponse, endpoint: Endpoint, until: float, where: str
+) -> RequestFailed:
+    body = await _within(_read(response, _MOST_ERROR), until, where)
+    return refusal(where, response.status, response.headers, body, endpoint.key)
+
+
+async def _read(response: ClientResponse, most: int) -> bytes:
+    """At most a little more than `most` bytes."""
+    pieces, size = [], 0
+    while size <= most:
+        piece = await response.content.readany()
+        if not piece:
+            break
+        pieces.append(piece)
+        size += len(piece)
+    return b"".join(pieces)
+
+
+async def _require_stream(
+    response: ClientResponse, endpoint: Endpoint, until: float, where: str
+) -> None:
+    if response.status != 200:
+        raise await _refused(response, endpoint, until, where)
+    if response.content_type == "text/event-stream":
+        return
+    body = await _within(_read(response, _MOST_ERROR), until, where)
+    if response.content_type == "application/json":
+        failure = complaint(where, _object(where, body), endpoint.key)
+        if failure is not None:
+            raise failure
+    raise RequestFailed(
+        "garbage",
+        f"{where}: a stream was asked for and `{response.content_type}` came: "
+        f"{clean(body.decode(errors='replace'), endpoint.key)}",
+        retryable=False,
+    )
+
+
+def _require_no_complaint(chunk: Chunk, key: str | None) -> None:
+    """A cheap look first: parsing while others are timed would delay them."""
+    if b'"error"' in chunk.raw:
+        failure = complaint(chunk.where, chunk.data, key)
+        if failure is not None:
+            raise failure
+
+
+def _require_finished(last: list[Chunk], where: str) -> None:
+    """A stream without `[DONE]` is whole if its last events name a reason to end."""
+    if not last:
+        raise RequestFailed("garbage", f"{where}: the stream held nothing")
+    for chunk in last:
+        choices = chunk.data.get("choices") or ()
+        if any(isinstance(each, dict) and each.get("finish_reason") for each in choices):
+            return
+    raise RequestFailed("reset", f"{where}: the stream ended before it was finished")
+
+
+@contextmanager
+def _named(where: str, key: str | None) -> Iterator[None]:
+    """What goes wrong on the connection, as `RequestFailed`."""
+    import aiohttp
+
+    try:
+        yield
+    except aiohttp.InvalidURL:
+        raise RequestFailed("refused", f"{where}: not a URL", retryable=False) from None
+    except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError) as error:
+        said = clean(str(error), key)
+        raise RequestFailed("refused", f"{where}: {said}", retryable=False) from None
+    except aiohttp.ClientConnectorError as error:
+        said = clean(str(error), key)
+        raise RequestFailed("refused", f"{where}: no connection: {said}") from None
+    except aiohttp.ClientResponseError as error:  # what came is no HTTP
+        said = clean(error.message, key)
+        raise RequestFailed("garbage", f"{where}: not an HTTP answer: {said}") from None
+    except (aiohttp.ClientError, ConnectionError) as error:
+        said = clean(str(error) or type(error).__name__, key)
+        raise RequestFailed("reset", f"{where}: the connection ended: {said}") from None
+
+
+def _object(where: str, raw: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(raw)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        shown = clean(raw[:200].decode(errors="replace"), None)
+        raise RequestFailed("garbage", f"{where}: the answer is no JSON object: {shown!r}")
+    return found
+
+
+def _headers(endpoint: Endpoint) -> dict[str, str]:
+    return {} if endpoint.key is None else {"Authorization": f"Bearer {endpoint.key}"}
+
+
+def _where(endpoint: Endpoint, path: str, method: str = "POST") -> str:
+    return redact.text(f"{method} {endpoint.base_url.rstrip('/')}{path}")
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port
+
+
+def _proxy(url: str) -> str | None:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if host in {"localhost", "127.0.0.1", "::1"} or proxy_bypass(host):
+        return None
+    return getproxies().get(parts.scheme)

@@ -1,0 +1,347 @@
+"""GPTQ and AWQ in their own checkpoint formats: what is stored, against what it was made from."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qgrid import artifacts, inspection, legality, registry
+from qgrid.artifacts import BadArtifact
+from qgrid.files import HashCache
+from qgrid.methods import _checkpoint
+from qgrid.types import Calibration, Cell, Method, Model, StageResult
+from tests import jobs
+from tests.methods import unpacking
+
+pytestmark = pytest.mark.slow
+DEMO = Path(__file__).parents[2] / "qgrid" / "demo"
+Build = Callable[..., StageResult]
+
+
+@pytest.fixture
+def build(tmp_path: Path, tiny_random: Path, make_cell: Callable[..., Cell]) -> Build:
+    def run(method: str, bits: int, model: Path = tiny_random, **changes: Any) -> StageResult:
+        changes = {"format": method, **changes}
+        return artifacts.build(jobs.job(make_cell, tmp_path, model, method, bits, **changes))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "changes"),
+    [
+        ("gptq", 2, {"activation_order": None}),
+        ("gptq", 3, {"symmetric": False}),
+        ("gptq", 4, {}),
+        ("gptq", 4, {"symmetric": False, "group_size": 32}),
+        ("gptq", 8, {"group_size": None}),
+        ("awq", 4, {}),
+        ("awq", 4, {"symmetric": False, "group_size": 64}),
+    ],
+)
+def test_checkpoint_is_what_it_says(
+    method: str, bits: int, changes: dict[str, Any], build: Build, tmp_path: Path
+) -> None:
+    result = build(method, bits, **changes)
+    assert all(check.ok for check in result.checks), result.checks
+    assert {"reload", "tokenizer", "bits", "coverage"} <= {check.name for check in result.checks}
+    assert result.observed["format"] == method
+    assert result.observed["module_methods"] == {method: 14}
+    folder = next(path for path in (tmp_path / "artifacts").iterdir() if path.is_dir())
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".json") == [
+        "chat_template.jinja",
+        "model.safetensors",
+    ]
+    alone, based = inspection.inspect(folder), result.measurements
+    stored = next(m.value for m in based if m.metric == "linear_bits_per_weight")
+    assert alone.linear_bits_per_weight == pytest.approx(stored)  # without the base model's shapes
+    assert len(alone.modules) == 14
+
+
+def test_build_is_the_same_to_the_bit(build: Build, tmp_path: Path, tiny_random: Path) -> None:
+    from hashlib import sha256
+
+    build("gptq", 4)
+    first, *_ = (tmp_path / "artifacts").glob("*/model.safetensors")
+    before = sha256(first.read_bytes()).hexdigest()
+    for path in first.parent.iterdir():
+        path.unlink()
+    first.parent.rmdir()
+    build("gptq", 4)
+    assert sha256(first.read_bytes()).hexdigest() == before
+
+
+def test_torn_and_swapped_native_checkpoints_are_caught(
+    build: Build, tmp_path: Path, tiny_random: Path, make_cell: Callable[..., Cell]
+) -> None:
+    build("gptq", 4)
+    job = jobs.job(make_cell, tmp_path, tiny_random, "gptq", 4, format="gptq")
+    folder, cache = Path(job.artifact), HashCache(tmp_path / "hashes.json")
+    assert all(check.ok for check in artifacts.verify(folder, job.planned, cache, full=True))
+    jobs.unquantize(tiny_random)(folder)
+    jobs.rewrite_manifest(folder)
+    failed = {c.name for c in artifacts.verify(folder, job.planned, cache) if not c.ok}
+    assert {"bits", "coverage"} <= failed
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_layers_that_calibration_hardly_reaches_are_named(
+    method: str, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptqmodel.utils import fallback
+
+    monkeypatch.setattr(fallback, "should_use_fallback", lambda *_, **__: True)
+    with pytest.raises(BadArtifact, match=r"check `method`.*layers.0.*by rtn"):
+        build(method, 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "changes", "message"),
+    [
+        ("gptq", 4, {"block_size": 64}, r"`method.block_size=64` is not there .* \(has: 128\)"),
+        ("gptq", 4, {"dampening": 1.5}, r"`method.dampening=1.5` .* less than 1"),
+        ("gptq", 4, {"group_size": 96}, r"`method.group_size=96` .* \(has: 16, 32, 64, 128, null"),
+        ("awq", 4, {"grid_points": 10}, r"`method.grid_points=10` is not there .* \(has: 20\)"),
+        ("awq", 4, {"duo_scaling": False}, r"`method.duo_scaling=false` .* \(has: true\)"),
+    ],
+)
+def test_what_the_library_does_not_have_is_refused_before_any_work(
+    method: str,
+    bits: int,
+    changes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    tiny_random: Path,
+    make_cell: Callable[..., Cell],
+) -> None:
+    job = jobs.job(make_cell, tmp_path, tiny_random, method, bits, format=method, **changes)
+    module: Any = registry.method(method)
+    said = module.refusal(job.planned.cell)
+    assert said is not None
+    assert re.search(message, said), said
+
+
+def test_layers_that_do_not_pack_are_named(
+    tmp_path: Path, make_cell: Callable[..., Cell], tiny_random: Path
+) -> None:
+    from tests.conftest import write_model
+
+    folder = tmp_path / "odd"
+    write_model(folder, intermediate_size=528, num_hidden_layers=1)  # 16.5 times 32
+    _checkpoint.copy_tokenizer(tiny_random, folder)
+    job = jobs.job(make_cell, tmp_path, folder, "gptq", 4, format="gptq", group_size=16)
+    module: Any = registry.method("gptq")
+    said = module.refusal(job.planned.cell)
+    assert "packs 32 rows and columns together" in said
+    assert "3 layers: model.layers.0.mlp.down_proj" in said
+
+
+@pytest.mark.parametrize(("method", "bits"), [("awq", 8), ("awq", 3)])
+def test_a_width_that_only_the_default_format_has(
+    method: str, bits: int, make_cell: Callable[..., Cell]
+) -> None:
+    chosen = Method(method, jobs.options(method, format=method))
+    support = registry.support(chosen)
+    refused = legality._refused_width(make_cell(method=chosen, bits=bits), support)
+    assert refused is not None
+    assert "with these options has no" in refused.reason
+    assert "(has: 4); its defaults have 2, 3, 4, 8" in refused.reason
+
+
+# --- truth: the trained model, decoded without the libraries -------------------------------------
+
+
+@dataclass(frozen=True)
+class Made:
+    """A checkpoint of the trained model, and what its decoded weights compute in fp32."""
+
+    folder: Path
+    weights: dict[str, torch.Tensor]  # of linear layers, fp64
+    logprobs: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, torch.Tensor]:
+    """The trained model's own linear weights, fp64."""
+    found = _dense().named_modules()
+    return {n: m.weight.detach().double() for n, m in found if _is_decoder_linear(n, m)}
+
+
+@pytest.fixture(scope="module")
+def made(
+    make_cell: Callable[..., Cell], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Made]:
+    """Quantize the trained model once: `made("gptq", 4, format="gptq")`."""
+    known: dict[Any, Made] = {}
+    drawn = Calibration(
+        "t", "package:qgrid.demo/slices/calibration.jsonl", None, None, "train", "text", 8, 128
+    )
+
+    def run(method: str, bits: int, **changes: Any) -> Made:
+        key = (method, bits, *changes.items())
+        if key not in known:
+            folder = tmp_path_factory.mktemp(method)
+            cell = make_cell(
+                model=Model("demo", str(DEMO / "model"), None, False, False),
+                method=Method(method, jobs.options(method, **changes)),
+                bits=bits,
+                calibration=drawn,
+            )
+            registry.method(method).quantize(cell, DEMO / "model", folder)
+            known[key] = _decoded(folder)
+        return known[key]
+
+    return run
+
+
+def _is_decoder_linear(name: str, module: Any) -> bool:
+    return isinstance(module, torch.nn.Linear) and ".layers." in name
+
+
+def _dense() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32).eval()
+
+
+def _decoded(folder: Path) -> Made:
+    """A native checkpoint by its bits; one of compressed-tensors as its library unpacks it."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    if inspection.stored_format(folder, inspection.read_headers(folder)) == "pack-quantized":
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        logprobs = _logprobs(model)
+        found = model.named_modules()
+        weights = {n: m.weight.detach().double() for n, m in found if _is_decoder_linear(n, m)}
+        return Made(folder, weights, logprobs)
+    weights = unpacking.weights(folder)
+    stored, model = load_file(folder / "model.safetensors"), _dense()
+    kept = {name: value for name, value in stored.items() if name in model.state_dict()}
+    linears = {f"{name}.weight": value for name, value in weights.items()}
+    model.load_state_dict({**kept, **linears}, strict=False)
+    return Made(folder, weights, _logprobs(model))
+
+
+def _logprobs(model: Any) -> torch.Tensor:
+    """Of some prose, `(tokens, vocab)`, fp64."""
+    ids = _prose()
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor(ids)).logits
+    return logits.double().log_softmax(-1).flatten(0, 1)
+
+
+def _prose() -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    text = (DEMO / "slices" / "prose.txt").read_text()[:20000]
+    ids = AutoTokenizer.from_pretrained(DEMO / "model")(text)["input_ids"]
+    return [ids[start : start + 200] for start in range(0, 1200, 200)]
+
+
+def _kld(base: torch.Tensor, other: torch.Tensor) -> float:
+    return float((base.exp() * (base - other)).sum(-1).mean())
+
+
+def _apart(weights: torch.Tensor, original: torch.Tensor) -> float:
+    return float((weights - original).norm() / original.norm())
+
+
+@pytest.mark.parametrize(
+    ("bits", "low", "high"), [(3, 0.22, 0.65), (4, 0.10, 0.30), (8, 0.006, 0.018)]
+)
+def test_weights_are_as_far_from_the_original_as_their_width_says(
+    bits: int,
+    low: float,
+    high: float,
+    made: Callable[..., Made],
+    plain: dict[str, torch.Tensor],
+) -> None:
+    """Rounding a normal weight to steps of its group's range errs by step / sqrt(12).
+
+    The largest of 128 normal weights is about 2.6 sigma, so a step is 2 x 2.6 sigma / (2**bits - 1)
+    and the relative error 0.21, 0.10, 0.0059 at 3, 4, 8 bits: the lower end. GPTQ moves weights
+    further on purpose, at most 3 times as far here: the upper end.
+    """
+    found = made("gptq", bits, format="gptq").weights
+    assert found.keys() == plain.keys()
+    errors = [_apart(found[name], plain[name]) for name in plain]
+    assert low < min(errors)
+    assert max(errors) < high
+
+
+def test_outputs_are_nearer_than_by_rounding(
+    made: Callable[..., Made], plain: dict[str, torch.Tensor]
+) -> None:
+    """What GPTQ is for: worse weights, better products, on inputs that it has not seen."""
+    inputs: list[torch.Tensor] = []
+    model = _dense()
+    name = "model.layers.0.self_attn.q_proj"
+    layer = model.get_submodule(name)
+    layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].double()))
+    _logprobs(model)
+    given = inputs[0].flatten(0, 1)
+    rounded = made("rtn", 4).weights[name]
+    treated = made("gptq", 4, format="gptq").weights[name]
+    assert _apart(treated, plain[name]) > _apart(rounded, plain[name])
+    exact = given @ plain[name].T
+    assert _apart(given @ treated.T, exact) < 0.9 * _apart(given @ rounded.T, exact)
+
+
+def test_wider_is_nearer(made: Callable[..., Made]) -> None:
+    base = _logprobs(_dense())
+    apart = [_kld(base, made("gptq", bits, format="gptq").logprobs) for bits in (2, 3, 4, 8)]
+    assert apart == sorted(apart, reverse=True)
+    assert all(wide < 0.5 * narrow for narrow, wide in itertools.pairwise(apart))
+    assert apart[-1] < 1e-4
+
+
+def test_both_formats_of_gptq_agree(
+    made: Callable[..., Made], plain: dict[str, torch.Tensor]
+) -> None:
+    """One algorithm, two libraries: equally far from the original, layer by layer.
+
+    Weight errors differ by less than 5 % (0.2 % on average), KL divergence from the 16-bit model by
+    less than a factor of two: single codes differ where the libraries' sums round differently.
+    """
+    native, other = made("gptq", 4, format="gptq"), made("gptq", 4)
+    ratios = [
+        _apart(native.weights[name], plain[name]) / _apart(other.weights[name], plain[name])
+        for name in plain
+    ]
+    assert all(0.95 < ratio < 1.05 for ratio in ratios)
+    assert 0.99 < sum(ratios) / len(ratios) < 1.01
+    base = _logprobs(_dense())
+    assert 0.5 < _kld(base, native.logprobs) / _kld(base, other.logprobs) < 2
+
+
+def test_awq_rounds_the_scaled_weights(
+    made: Callable[..., Made], plain: dict[str, torch.Tensor]
+) -> None:
+    """Scales are folded into the norm before: with them, weights are 4-bit roundings of theirs.
+
+    Queries and keys are not clipped, so that their error is that of rounding, 0.11; the search
+    clips the rest where their products gain from it.
+    """
+    from safetensors.torch import load_file
+
+    found = made("awq", 4, format="awq")
+    before = load_file(DEMO / "model" / "model.safetensors")
+    after = load_file(found.folder / "model.safetensors")
+    norms = {"self_attn.q_proj": "input_layernorm", "mlp.up_proj": "post_attention_layernorm"}
+    for layer in range(5):
+        for part, norm in norms.items():
+            name = f"model.layers.{layer}.{norm}.weight"
+            scale = before[name].double() / after[name].double()
+            assert float(scale.max() / scale.min()) > 1.1  # it did scale
+            name = f"model.layers.{layer}.{part}"
+            error = _apart(found.weights[name], plain[name] * scale)
+            assert 0.08 < error < (0.14 if part == "self_attn.q_proj" else 0.4)
+    assert _kld(_logprobs(_dense()), found.logprobs) < 0.01
