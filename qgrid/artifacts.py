@@ -125,7 +125,7 @@ def _built(target: Path, job: Job) -> StageResult:
         model = cell.model
         source = models.described(model, Path(fetched)) if needs_none else models.resolve(model)
         work = Work(job.planned, source, folder, cache, {})
-        with Peak(cell.gpu.kind) as peak:
+        with Peak("cpu" if needs_none else cell.gpu.kind) as peak:
             manifest = made(work)
         took = time.perf_counter() - begin
         manifest = replace(manifest, seconds=took, peak_memory_bytes=peak.bytes)

@@ -31,17 +31,18 @@ def interpreter(name: str, kind: DeviceKind | None = None) -> str:
     return str(_build(_recipe(name, kind)).interpreter)
 
 
-def variables(name: str, shown: Path, kind: DeviceKind | None = None) -> dict[str, str]:
+def variables(name: str, shown: Path | None, kind: DeviceKind | None = None) -> dict[str, str]:
     """The environment variables of a worker, with qgrid importable.
 
-    `shown` is an empty folder that another interpreter than this one is given to find qgrid and the
-    user's plugins in, and nothing else that is installed here.
+    `shown` is an empty folder in which another interpreter than this one finds qgrid and the user's
+    plugins, and nothing else that is installed here; the main environment needs none.
 
     Raises:
         UnknownInterpreter: see `interpreter`.
     """
     told = {environment.NAME: name}
     if name != recipes.MAIN:
+        assert shown is not None
         recipe = _recipe(name, kind)
         _show(shown)
         return {**builds.variables(recipe), **told, "PYTHONPATH": _joined(str(shown))}

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qgrid.envs.recipes import MAIN
 from qgrid.interpreters import UnknownInterpreter, interpreter, variables
 from qgrid.worker import FINGERPRINT, kill_group
 
@@ -48,8 +49,9 @@ class Worker:
         self, environment: str, log: Path, fingerprint: str, ahead: Sequence[str] = ()
     ) -> None:
         self._command = [interpreter(environment), "-m", "qgrid.worker", *ahead]
-        self._shown = tempfile.TemporaryDirectory(prefix="qgrid-")  # what another python may import
-        self._variables = variables(environment, Path(self._shown.name))
+        self._shown = None if environment == MAIN else tempfile.TemporaryDirectory(prefix="qgrid-")
+        shown = None if self._shown is None else Path(self._shown.name)
+        self._variables = variables(environment, shown)
         self._variables[FINGERPRINT] = fingerprint
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None

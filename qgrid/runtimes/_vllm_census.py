@@ -68,7 +68,7 @@ def take(runner: Any) -> Census:
     import torch
 
     linears = tuple(_linears(runner.model))
-    caches = [cache for cache in _tensors(runner.kv_caches) if cache.numel()]
+    caches = [cache for cache in tensors(runner.kv_caches) if cache.numel()]
     config = runner.vllm_config.cache_config
     on_gpu = runner.device.type == "cuda"
     return Census(
@@ -205,23 +205,24 @@ def _dtypes(model: torch.nn.Module) -> dict[str, int]:
     return dict(total)
 
 
-def _nbytes(tensors: Any) -> Iterator[int]:
+def _nbytes(held: Any) -> Iterator[int]:
     seen: set[int] = set()
-    for tensor in tensors:
+    for tensor in held:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             yield int(storage.nbytes())
 
 
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
+def tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Tensors in lists of lists."""
     import torch
 
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+            yield from tensors(value)
 
 
 def _kv_dtype(configured: str, caches: Sequence[torch.Tensor]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qgrid.runtimes._vllm_census import W4A8
-from qgrid.runtimes._vllm_settings import KV_TYPES, Options, cores
+from qgrid.runtimes._vllm_settings import KV_TYPES, Options
 from qgrid.types import Check
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ _FAST_FP8 = ("FlashInfer", "Cutlass", "DeepGemm", "B12x")
 _MARLIN, _FP8 = 75, 89  # compute capabilities that these kernels begin with
 
 
-def checks(census: Census, cell: Cell) -> tuple[Check, ...]:
-    """Every verdict about an engine or a server."""
+def checks(census: Census, cell: Cell, threads: int) -> tuple[Check, ...]:
+    """Every verdict about an engine or a server; `threads` were told to compute on a CPU."""
     found = [_quantized(census.linears, cell), _kv(census, cell)]
     asked = Options(**cell.runtime.options).kernel
     if asked != "auto":
         found.append(_kernel(census.linears, asked))
     if cell.gpu.kind == "cpu":
-        found.append(_threads(census, cell))
+        found.append(_threads(census, cell, threads))
     return tuple(found)
 
 
@@ -83,10 +83,8 @@ def is_kernel(kernel: str, asked: str) -> bool:
     return plain in kernel.lower()
 
 
-def _threads(census: Census, cell: Cell) -> Check:
-    wanted = len(cores(cell))
-    if cell.runtime.threads is not None:
-        wanted = cell.runtime.threads
+def _threads(census: Census, cell: Cell, told: int) -> Check:
+    wanted = told if cell.runtime.threads is None else cell.runtime.threads
     return Check(
         "threads",
         ok=census.threads == wanted,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qgrid.types import Cell, Check
 
 _alive: set[int] = set()  # engines of this process that are not closed
+_meetings: set[Path] = set()  # files by which vLLM's processes would find each other
 
 
 class Vllm:
@@ -28,7 +29,9 @@ class Vllm:
         self._cell = cell
         self._dtype = dtype
         self._engine = _started(settings.engine_arguments(artifact, cell, dtype))
-        runner = self._engine.model_executor.driver_worker.worker.model_runner
+        worker = self._engine.model_executor.driver_worker.worker
+        _meetings.add(Path(worker.distributed_init_method.removeprefix("file://")))
+        runner = worker.model_runner
         self.positions = int(runner.model_config.max_model_len)
         self._scorer = Scorer(self._engine, runner)
         self._census = _vllm_census.take(runner)
@@ -81,7 +84,8 @@ class Vllm:
 
     def checks(self) -> Sequence[Check]:
         """See `Engine.checks`."""
-        return _vllm_checks.checks(self._census, self._cell)
+        threads = len(settings.cores(self._cell))
+        return _vllm_checks.checks(self._census, self._cell, threads)
 
     def close(self) -> None:
         """End the engine and free its memory; another one in this process goes on."""
@@ -135,6 +139,8 @@ def _end(client: Any, alone: bool) -> None:
     """vLLM's own shutdown ends what all engines of a process share: for the last one only."""
     if alone:
         client.shutdown()
+        while _meetings:
+            _meetings.pop().unlink(missing_ok=True)
         return
     client._finalizer.detach()
     core = client.engine_core

@@ -108,7 +108,8 @@ class VllmServer:
 
     def checks(self) -> Sequence[Check]:
         """See `Loaded.checks`."""
-        return _vllm_checks.checks(self._census, self._cell)
+        threads = len(settings.cores(self._cell, served=True))
+        return _vllm_checks.checks(self._census, self._cell, threads)
 
     def close(self) -> None:
         """End the server and everything that it started."""
@@ -135,7 +136,7 @@ class VllmServer:
             )
 
     def _environment(self) -> dict[str, str]:
-        found = {**os.environ, **settings.environment(self._cell)}
+        found = {**os.environ, **settings.environment(self._cell, served=True)}
         found.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
         found["VLLM_LOGGING_LEVEL"] = "INFO"
         found[_vllm_server.FOLDER] = str(self._folder)
@@ -144,7 +145,7 @@ class VllmServer:
         root = str(Path(qgrid.__file__).parents[1])
         found["PYTHONPATH"] = os.pathsep.join(filter(None, (root, found.get("PYTHONPATH"))))
         if self._cell.gpu.kind == "cpu":
-            found |= _openmp(settings.cores(self._cell))
+            found |= _openmp(settings.cores(self._cell, served=True))
         return found
 
     def _wait(self, url: str, deadline: float) -> None:
@@ -201,7 +202,7 @@ def _openmp(cores: Sequence[int]) -> dict[str, str]:
         "OMP_NUM_THREADS": str(len(cores)),
         "GOMP_CPU_AFFINITY": listed,
         _vllm_worker.MAIN_CORE: str(cores[0]),
-        _vllm_server.CORES: ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        _vllm_server.CORES: ",".join(map(str, _others(cores))),
     }
     packages = Path(torch.__file__).parents[1]
     libraries = [
@@ -212,6 +213,12 @@ def _openmp(cores: Sequence[int]) -> dict[str, str]:
     if libraries and "libgomp" not in before:
         found["LD_PRELOAD"] = ":".join(filter(None, (before, str(libraries[0]))))
     return found
+
+
+def _others(cores: Sequence[int]) -> list[int]:
+    """Processors that are left to the rest of the server; all, where none is left."""
+    usable = os.sched_getaffinity(0)
+    return sorted(usable - set(cores)) or sorted(usable)
 
 
 def _free_port() -> int:

@@ -50,15 +50,20 @@ class Options:
     enforce_eager: bool | None
 
 
-def cores(cell: Cell) -> tuple[int, ...]:
-    """The processors that compute: the first of those that this process may use."""
+def cores(cell: Cell, served: bool = False) -> tuple[int, ...]:
+    """The processors that compute: the first of those that this process may use.
+
+    A server that was not told how many leaves one to its other processes, as vLLM's own does.
+    """
     wanted = compute_threads(cell.runtime.threads)
+    if served and cell.runtime.threads is None:
+        wanted = max(1, wanted - 1)
     if not hasattr(os, "sched_getaffinity"):
         return tuple(range(wanted))
     return tuple(sorted(os.sched_getaffinity(0)))[:wanted]
 
 
-def environment(cell: Cell) -> dict[str, str]:
+def environment(cell: Cell, served: bool = False) -> dict[str, str]:
     """Variables that vLLM reads: no usage reports, no downloads, the cores, 4-bit activations."""
     options = Options(**cell.runtime.options)
     own = {
@@ -68,7 +73,7 @@ def environment(cell: Cell) -> dict[str, str]:
         "TORCHDYNAMO_DISABLE": "1" if cell.gpu.kind == "cpu" else "0",
     }
     if cell.gpu.kind == "cpu":
-        own["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores(cell)))
+        own["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores(cell, served)))
         own["VLLM_CPU_INT4_W4A8"] = str(int(options.kernel == W4A8))
     return own
 

@@ -65,7 +65,7 @@ def _cuda_bytes(worker: Any) -> dict[str, int]:
 
 def _cpu_bytes(worker: Any) -> dict[str, int]:
     """Touch the pool, so that what the process grows by from now on is activations."""
-    for cache in worker.model_runner.kv_caches:
+    for cache in _vllm_census.tensors(worker.model_runner.kv_caches):
         cache.zero_()
     peak = Path("/proc/self/clear_refs")
     if not peak.exists():

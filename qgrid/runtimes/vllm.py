@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qgrid import registry
 from qgrid.contracts import InvalidEngine, Unsupported
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from qgrid.runtimes._vllm_process import VllmServer
     from qgrid.types import Cell
 
-__all__ = ["LOADS", "Options", "kv_bits", "load", "refusal", "serve"]
+__all__ = ["LOADS", "Options", "kv_bits", "load", "quality_options", "refusal", "serve"]
 
 LOADS = RuntimeSupport(
     loads={"cpu": formats.FORMATS, "cuda": formats.FORMATS},
@@ -42,6 +43,11 @@ def refusal(cell: Cell) -> str | None:
 def kv_bits(cell: Cell) -> float:
     """Bits of a stored key or value."""
     return 8 if cell.kv_cache.name == "fp8" else 16
+
+
+def quality_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that can change a number of quality: the kernel, and where long prompts are cut."""
+    return {name: options[name] for name in ("kernel", "max_num_batched_tokens")}
 
 
 def load(artifact: Path, cell: Cell, dtype: str) -> Vllm:

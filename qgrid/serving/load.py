@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qgrid.serving.schedule import Run
     from qgrid.types import Measurement, Workload
 
+TOGETHER = 0.01  # of all gaps, that are told when they are none
 GIVEN_UP = 2  # runs of a load in a row without one request that succeeded
 
 
@@ -105,12 +106,25 @@ def observed(result: Timed, workload: Workload) -> dict[str, Any]:
         "cached_prompt_tokens": cached,
     }
     counts: dict[str, Any] = {key: number for key, number in found.items() if number}
+    together = _together(good)
+    if together > TOGETHER:
+        counts["arrived_together"] = together
     failures = _failures(result.samples)
     if failures:
         counts["failures"] = failures
     if result.given_up:
         counts["given_up"] = result.given_up
     return {"requests": len(result.samples), **counts}
+
+
+def _together(samples: Sequence[Sample]) -> float:
+    """Share of the gaps between arrivals that are none: several chunks lay in one read.
+
+    The server sent them at once, or somebody kept the client from reading; then the times of the
+    first and last token are not those of the server, either.
+    """
+    gaps = [gap for each in samples for gap in each.gaps]
+    return sum(gap == 0 for gap in gaps) / len(gaps) if gaps else 0.0
 
 
 def _failures(samples: Sequence[Sample]) -> dict[str, Any]:

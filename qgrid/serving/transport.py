@@ -9,15 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from qgrid import redact
+from qgrid.serving.connection import headers, named, session, within
 from qgrid.serving.events import Events, NotEvents
 from qgrid.serving.failures import RequestFailed, clean, complaint, refusal
 
@@ -31,7 +29,6 @@ __all__ = ["Chunk", "RequestFailed", "get", "post", "session", "stream", "text"]
 MOST_BODY = 512 * 2**20  # bytes of one JSON answer; those with many log-probabilities are long
 MOST_STREAM = 256 * 2**20  # bytes of one stream
 _MOST_ERROR = 64 * 2**10
-_IDLE_SECONDS = 4.0  # servers often close a connection after five seconds without a request
 _FAREWELL_SECONDS = 1.0  # for a server to end a stream after saying that it is done
 _DONE = b"[DONE]"
 
@@ -52,26 +49,6 @@ class Chunk:
             RequestFailed: it is no JSON object.
         """
         return _object(self.where, self.raw)
-
-
-@asynccontextmanager
-async def session(endpoint: Endpoint, connections: int) -> AsyncIterator[ClientSession]:
-    """A pool of at most `connections` connections, kept for as long as servers keep them.
-
-    A proxy of the environment is used, except for hosts that it is not meant for (`NO_PROXY`).
-    """
-    import aiohttp
-
-    connector = aiohttp.TCPConnector(limit=connections, keepalive_timeout=_IDLE_SECONDS)
-    async with aiohttp.ClientSession(
-        connector=connector,
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # deadlines are per request
-        headers={"Accept-Encoding": "identity"},  # a compressed stream comes in lumps
-        cookie_jar=aiohttp.DummyCookieJar(),
-        proxy=_proxy(endpoint.base_url),
-        read_bufsize=2**18,
-    ) as opened:
-        yield opened
 
 
 async def post(
@@ -108,10 +85,9 @@ async def text(session: ClientSession, endpoint: Endpoint, url: str, deadline: f
     """
     until = time.perf_counter() + deadline
     where = redact.text(f"GET {url}")
-    headers = _headers(endpoint) if _origin(url) == _origin(endpoint.base_url) else {}
-    with _named(where, endpoint.key):
-        response = await _within(
-            session.get(url, headers=headers, allow_redirects=False), until, where
+    with named(where, endpoint.key):
+        response = await within(
+            session.get(url, headers=headers(endpoint, url), allow_redirects=False), until, where
         )
         async with response:
             return (await _body(response, endpoint, until, where)).decode(errors="replace")
@@ -136,8 +112,8 @@ async def stream(  # noqa: PLR0913, PLR0917 - one request is that many facts
     """
     until = time.perf_counter() + deadline
     where = _where(endpoint, path)
-    with _named(where, endpoint.key):
-        response = await _within(_send(session, endpoint, "POST", path, body), until, where)
+    with named(where, endpoint.key):
+        response = await within(_send(session, endpoint, "POST", path, body), until, where)
         async with response:
             await _require_stream(response, endpoint, until, where)
             last: list[Chunk] = []
@@ -167,7 +143,7 @@ async def _arrivals(
     try:
         while True:
             allowed = until if stall is None or not begun else time.perf_counter() + stall
-            piece = await _within(read(), min(until, allowed), where, stalled=allowed < until)
+            piece = await within(read(), min(until, allowed), where, stalled=allowed < until)
             moment = time.perf_counter()
             size += len(piece)
             if size > MOST_STREAM:
@@ -179,16 +155,6 @@ async def _arrivals(
                 return
     except NotEvents as error:
         raise RequestFailed("garbage", f"{where}: the stream holds {error}") from None
-
-
-async def _within(awaited: Any, until: float, where: str, *, stalled: bool = False) -> Any:
-    """What `awaited` gives, before the moment `until`."""
-    try:
-        async with asyncio.timeout(max(0.0, until - time.perf_counter())):
-            return await awaited
-    except TimeoutError:
-        reason = "the stream stood still for too long" if stalled else "the deadline has passed"
-        raise RequestFailed("timeout", f"{where}: {reason}") from None
 
 
 async def _farewell(response: ClientResponse) -> None:
@@ -211,8 +177,8 @@ async def _answer(  # noqa: PLR0913, PLR0917 - one request is that many facts
 ) -> dict[str, Any]:
     until = time.perf_counter() + deadline
     where = _where(endpoint, path, method)
-    with _named(where, endpoint.key):
-        response = await _within(_send(session, endpoint, method, path, body), until, where)
+    with named(where, endpoint.key):
+        response = await within(_send(session, endpoint, method, path, body), until, where)
         async with response:
             answer = _object(where, await _body(response, endpoint, until, where))
     failure = complaint(where, answer, endpoint.key)
@@ -228,19 +194,19 @@ async def _send(
     path: str,
     body: Mapping[str, Any] | bytes | None,
 ) -> ClientResponse:
-    headers = _headers(endpoint)
-    if body is not None:
-        headers["Content-Type"] = "application/json"
-    content = json.dumps(body).encode() if isinstance(body, Mapping) else body
     url = endpoint.base_url.rstrip("/") + path
-    return await session.request(method, url, data=content, headers=headers, allow_redirects=False)
+    sent = headers(endpoint, url)
+    if body is not None:
+        sent["Content-Type"] = "application/json"
+    content = json.dumps(body).encode() if isinstance(body, Mapping) else body
+    return await session.request(method, url, data=content, headers=sent, allow_redirects=False)
 
 
 async def _body(response: ClientResponse, endpoint: Endpoint, until: float, where: str) -> bytes:
     """All of an answer of status 200."""
     if response.status != 200:
         raise await _refused(response, endpoint, until, where)
-    body = await _within(_read(response, MOST_BODY), until, where)
+    body = await within(_read(response, MOST_BODY), until, where)
     if len(body) > MOST_BODY:
         raise RequestFailed(
             "garbage", f"{where}: an answer of more than {MOST_BODY} bytes", retryable=False
@@ -251,7 +217,7 @@ async def _body(response: ClientResponse, endpoint: Endpoint, until: float, wher
 async def _refused(
     response: ClientResponse, endpoint: Endpoint, until: float, where: str
 ) -> RequestFailed:
-    body = await _within(_read(response, _MOST_ERROR), until, where)
+    body = await within(_read(response, _MOST_ERROR), until, where)
     return refusal(where, response.status, response.headers, body, endpoint.key)
 
 
@@ -274,7 +240,7 @@ async def _require_stream(
         raise await _refused(response, endpoint, until, where)
     if response.content_type == "text/event-stream":
         return
-    body = await _within(_read(response, _MOST_ERROR), until, where)
+    body = await within(_read(response, _MOST_ERROR), until, where)
     if response.content_type == "application/json":
         failure = complaint(where, _object(where, body), endpoint.key)
         if failure is not None:
@@ -306,29 +272,6 @@ def _require_finished(last: list[Chunk], where: str) -> None:
     raise RequestFailed("reset", f"{where}: the stream ended before it was finished")
 
 
-@contextmanager
-def _named(where: str, key: str | None) -> Iterator[None]:
-    """What goes wrong on the connection, as `RequestFailed`."""
-    import aiohttp
-
-    try:
-        yield
-    except aiohttp.InvalidURL:
-        raise RequestFailed("refused", f"{where}: not a URL", retryable=False) from None
-    except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError) as error:
-        said = clean(str(error), key)
-        raise RequestFailed("refused", f"{where}: {said}", retryable=False) from None
-    except aiohttp.ClientConnectorError as error:
-        said = clean(str(error), key)
-        raise RequestFailed("refused", f"{where}: no connection: {said}") from None
-    except aiohttp.ClientResponseError as error:  # what came is no HTTP
-        said = clean(error.message, key)
-        raise RequestFailed("garbage", f"{where}: not an HTTP answer: {said}") from None
-    except (aiohttp.ClientError, ConnectionError) as error:
-        said = clean(str(error) or type(error).__name__, key)
-        raise RequestFailed("reset", f"{where}: the connection ended: {said}") from None
-
-
 def _object(where: str, raw: bytes) -> dict[str, Any]:
     try:
         found = json.loads(raw)
@@ -340,22 +283,5 @@ def _object(where: str, raw: bytes) -> dict[str, Any]:
     return found
 
 
-def _headers(endpoint: Endpoint) -> dict[str, str]:
-    return {} if endpoint.key is None else {"Authorization": f"Bearer {endpoint.key}"}
-
-
 def _where(endpoint: Endpoint, path: str, method: str = "POST") -> str:
     return redact.text(f"{method} {endpoint.base_url.rstrip('/')}{path}")
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port
-
-
-def _proxy(url: str) -> str | None:
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if host in {"localhost", "127.0.0.1", "::1"} or proxy_bypass(host):
-        return None
-    return getproxies().get(parts.scheme)

@@ -111,11 +111,13 @@ def test_a_user_s_variable_wins_over_the_recipe_s(
 
 def test_what_a_worker_was_shown_is_removed_and_qgrid_is_not(built: Build, tmp_path: Path) -> None:
     worker = processes.Worker(NAME, tmp_path / "worker.log", "f00d")
+    assert worker._shown is not None
     shown = Path(worker._shown.name)
     assert (shown / "qgrid").samefile(Path(qgrid.__file__).parent)
     worker._shown.cleanup()
     assert not shown.exists()
     assert Path(qgrid.__file__).is_file()
+    assert processes.Worker("main", tmp_path / "worker.log", "f00d")._shown is None
 
 
 def test_what_is_missing_is_told_with_the_command_that_builds_it(

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+INT8_LEVELS = 127.0  # of vLLM; compressed-tensors divides by 127.5
 FP8_LEVELS = 448.0  # the largest number of E4M3
 
 

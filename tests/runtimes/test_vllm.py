@@ -19,6 +19,7 @@ from qgrid.runtimes._batches import CHUNK_ROWS
 from qgrid.types import Cell, Gpu, KvCache, Runtime
 from tests.runtimes import vllm_environment, vllm_models
 from tests.runtimes.passes import Ids, plain, some_ids
+from tests.runtimes.rounding import FP8_LEVELS, INT8_LEVELS, rounded_model
 from tests.runtimes.vllm_models import FOUR_BITS, LOADED, REFUSED, Checkpoint, cell
 
 pytestmark = pytest.mark.slow
@@ -43,12 +44,15 @@ def windows() -> list[Ids]:
 
 @pytest.fixture(scope="module")
 def sequences() -> list[Ids]:
-    """Of many lengths, three choices of one prompt, one longer than a chunk and than a step."""
+    """Of many lengths, three choices of one prompt, one longer than a chunk and than a step.
+
+    The last two are equal, and rows are wanted that lie in a block of the cache that they share.
+    """
     rng = random.Random(0)
     prompt = some_ids(rng, 300)
     short = [some_ids(rng, rng.randrange(2, 60)) for _ in range(20)]
     choices = [prompt + some_ids(rng, count) for count in (1, 3, 2)]
-    return [*short, *choices, some_ids(rng, 1300), some_ids(rng, 7), prompt, prompt]
+    return [*short, *choices, some_ids(rng, 1300), some_ids(rng, 7), *[prompt[:260]] * 2]
 
 
 def keeps(sequences: list[Ids], more: int) -> list[int]:
@@ -56,6 +60,7 @@ def keeps(sequences: list[Ids], more: int) -> list[int]:
     rng = random.Random(1)
     keep = [rng.randrange(1, len(ids) + more) for ids in sequences]
     keep[20:23], keep[23] = [1, 3, 2], len(sequences[23]) - 1 + more
+    keep[25:] = [10, 10]
     return keep
 
 
@@ -264,7 +269,7 @@ def test_4_bits_agree_with_transformers_on_the_same_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("name", "levels"), [("smoothquant", 127.0), ("fp8", 448.0)], ids=["int8", "fp8"]
+    ("name", "levels"), [("smoothquant", INT8_LEVELS), ("fp8", FP8_LEVELS)], ids=["int8", "fp8"]
 )
 def test_8_bit_activations_are_rounded_as_documented(
     name: str, levels: float, answers: dict[str, Any], made: Made, windows: list[Ids]
@@ -273,15 +278,17 @@ def test_8_bit_activations_are_rounded_as_documented(
 
     Rounding is a step: a value on its edge falls to the other side, and later layers multiply it.
     """
-    from tests.runtimes.rounding import rounded_model
-
     found = of_vllm(answers[{"smoothquant": "smoothquant32", "fp8": "fp8_32"}[name]])
     own = rounded_model(made[name].folder, levels)
     pushed = rounded_model(made[name].folder, levels, push=1e-6)
     expected = torch.stack([plain(own, ids)[:-1] for ids in windows])
     neighbour = torch.stack([plain(pushed, ids)[:-1] for ids in windows])
-    assert divergence(expected, found) <= 2 * divergence(expected, neighbour)
+    assert divergence(expected, found) <= 1.5 * divergence(expected, neighbour)
     assert divergence(of_vllm(answers["none"]), found) > divergence(expected, found)
+    if levels == INT8_LEVELS:  # what compressed-tensors takes in transformers: 255 / 2
+        other = rounded_model(made[name].folder, 127.5)
+        apart = divergence(torch.stack([plain(other, ids)[:-1] for ids in windows]), found)
+        assert apart > 1.5 * divergence(expected, found)
 
 
 @pytest.mark.parametrize("name", LOADED)
@@ -414,3 +421,13 @@ def test_half_precision_on_a_cpu_is_refused(make_cell: Callable[..., Cell]) -> N
     assert told is not None
     assert "`runtime.speed_dtype=float16`" in told
     assert runtime.refusal(replace(wanted, runtime=half, gpu=H100)) is None
+
+
+def test_quality_does_not_depend_on_how_much_a_server_sets_aside(
+    make_cell: Callable[..., Cell],
+) -> None:
+    one, other = (
+        runtime.quality_options(cell(make_cell, "none", kv_cache_gib=size).runtime.options)
+        for size in (1.0, 2.0)
+    )
+    assert one == other == {"kernel": "auto", "max_num_batched_tokens": None}

@@ -54,7 +54,7 @@ def score(task: Task) -> dict[str, Any]:
     engine = runtime.load(Path(task["folder"]), _cell(task), task["dtype"])
     found: dict[str, Any] = {"told": _told(engine), "rows": _rows(engine, task)}
     found["other_checks"] = [
-        [dataclasses.asdict(c) for c in _vllm_checks.checks(engine._census, other)]
+        [dataclasses.asdict(c) for c in _vllm_checks.checks(engine._census, other, 1)]
         for other in (codec.loads(Cell, json.dumps(each)) for each in task.get("others", []))
     ]
     found["prefixed"] = [_rows(engine, each) for each in task.get("more", [])]

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from qgrid import registry
-from qgrid.types import Cell, Job, Method, PlannedCell, Runtime, Stage
+from qgrid.types import Cell, Job, Method, PlannedCell, Runtime, Stage, StageResult
 
 CONF = Path(__file__).parents[2] / "conf"
 RUNTIME_KEYS = ("name", "dtype", "speed_dtype", "threads")
@@ -40,3 +40,8 @@ def job(stage: Stage, wanted: Cell, folder: Path, out: Path, baseline: Path | No
     out.mkdir(parents=True, exist_ok=True)
     base = None if baseline is None else str(baseline)
     return Job(stage, planned, str(folder), base, str(out), str(out.parent))
+
+
+def values(result: StageResult) -> dict[tuple[str, str | None], float]:
+    """Figures by metric and slice."""
+    return {(m.metric, m.slice): m.value for m in result.measurements}

@@ -48,7 +48,7 @@ def running(
     port: int,
     log: Path,
     environment: Mapping[str, str] | None = None,
-    seconds: float = 240,
+    seconds: float = 600,
 ) -> Iterator[Served]:
     """Run `command` until its `/v1/models` answers, and for as long as the block."""
     guard = [sys.executable, str(Path(__file__)), str(os.getpid())]

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import json
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qgrid import stages
-from qgrid.contracts import InvalidEngine, NoLogprobs, Unsupported
-from qgrid.measure import quality, speed
-from qgrid.measure.encoding import Encoder
+from qgrid import interpreters, registry
+from qgrid.methods import gguf
 from qgrid.runtimes import _openai_client as client
 from qgrid.runtimes import openai
-from qgrid.runtimes._openai_client import ServerLost
 from qgrid.runtimes._openai_engine import Remote
-from qgrid.runtimes._openai_probe import PROBE
 from qgrid.serving import retrying
-from qgrid.types import Cell, Prose, Slice, Slices, StageResult, Workload
-from tests.servers import cells, processes
-from tests.servers.faulty import Faulty, distribution, greedy, logprobs
+from qgrid.types import Cell, Method, Prose, Slice, Slices
+from tests.servers import cells, real
+from tests.servers.faulty import Faulty
+from tests.servers.processes import Served
 
-KEY = "sk-test-0123456789abcdef0123"
-IDS = [300, 301, 302, 303, 304, 305]
-TRANSIENT = ["500", "429", "reset", "midway", "garbage", "error200", "short", "others", "null"]
-EVERYTHING = frozenset({"ids", "echo", "tokenize", "models", "extensions"})
+URL = "http://localhost:1/v1"
 
 
 @pytest.fixture(autouse=True)
@@ -106,3 +97,30 @@ def job(
 @pytest.fixture
 def make(make_cell: Callable[..., Cell]) -> Callable[..., Cell]:
     return lambda base_url=URL, **more: cells.cell(make_cell, base_url, more)
+
+
+@pytest.fixture(scope="session")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """vLLM's own OpenAI server."""
+    try:
+        interpreters.interpreter("vllm", "cpu")
+    except interpreters.UnknownInterpreter as error:
+        pytest.skip(str(error))
+    with real.vllm(tmp_path_factory.mktemp("vllm")) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def gguf_folder(make_cell: Callable[..., Cell], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model as a GGUF file of 16 bits."""
+    out = tmp_path_factory.mktemp("gguf")
+    cell = make_cell(model=real.TINY, method=Method("gguf", gguf.UNQUANTIZED))
+    registry.method("gguf").quantize(cell, real.FOLDER, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def llama(gguf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """llama.cpp's own server."""
+    with real.llama(gguf_folder, tmp_path_factory.mktemp("llama")) as served:
+        yield served

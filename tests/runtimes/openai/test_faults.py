@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import json
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qgrid import stages
-from qgrid.contracts import InvalidEngine, NoLogprobs, Unsupported
-from qgrid.measure import quality, speed
+from qgrid.measure import quality
 from qgrid.measure.encoding import Encoder
-from qgrid.runtimes import _openai_client as client
-from qgrid.runtimes import openai
 from qgrid.runtimes._openai_client import ServerLost
 from qgrid.runtimes._openai_engine import Remote
 from qgrid.runtimes._openai_probe import PROBE
-from qgrid.serving import retrying
-from qgrid.types import Cell, Prose, Slice, Slices, StageResult, Workload
-from tests.servers import cells, processes
+from tests.servers import cells
 from tests.servers.faulty import Faulty, distribution, greedy, logprobs
 
-KEY = "sk-test-0123456789abcdef0123"
 IDS = [300, 301, 302, 303, 304, 305]
 TRANSIENT = ["500", "429", "reset", "midway", "garbage", "error200", "short", "others", "null"]
-EVERYTHING = frozenset({"ids", "echo", "tokenize", "models", "extensions"})
 
 
 def test_scores_are_those_of_the_formula(tiny_random: Path, remote: Callable[..., Remote]) -> None:
@@ -84,7 +75,7 @@ def test_what_passes_is_asked_again_and_changes_nothing(
     assert found.observed["quality_requests"]["failed"] == 0
     assert sum(found.observed["failed_attempts"].values()) > 20
     assert sent > known.observed["quality_requests"]["sent"]
-    assert values(found) == values(known)
+    assert cells.values(found) == cells.values(known)
     folder = Path(job("quality", "http://x/v1").out).parent
     lines = [(folder / name / "items.jsonl").read_text() for name in ("healthy", "faulty")]
     assert lines[0] == lines[1]
@@ -116,7 +107,7 @@ def test_what_fails_for_good_costs_its_item_only(
     with Faulty(tiny_random, one) as server:
         wanted = job("quality", server.base_url, "faulty", deadline_seconds=1.0)
         found = quality.measure(wanted)
-    assert values(found)["failed_items", "exact"] == 1
+    assert cells.values(found)["failed_items", "exact"] == 1
     lines = [
         json.loads(line) for line in (Path(wanted.out) / "items.jsonl").read_text().splitlines()
     ]
@@ -124,9 +115,9 @@ def test_what_fails_for_good_costs_its_item_only(
     sizes = {(m.metric, m.slice): m.n for m in found.measurements}
     assert sizes["accuracy", "exact"] == 11
     assert found.observed["quality_requests"]["failed"] == 1
-    for key, value in values(known).items():
+    for key, value in cells.values(known).items():
         if key[1] != "exact":
-            assert values(found)[key] == value
+            assert cells.values(found)[key] == value
 
 
 def test_too_much_silence_ends_the_stage_with_a_reason(

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from qgrid import artifacts, assembly, baseline, choices, codec, config, environment, plan
+from qgrid import baseline, choices, codec, config, plan
 from qgrid.codec import InvalidValue
 from qgrid.facts import REMOTE, Facts
 from qgrid.files import HashCache
-from qgrid.pipeline import Outcome
-from qgrid.runtimes import _openai_rows as rows
 from qgrid.runtimes import openai
-from qgrid.serving.failures import RequestFailed
-from qgrid.types import Cell, Gpu, PlannedCell, Price
-from tests.servers import cells
+from qgrid.types import Cell, PlannedCell, Price
 
 URL = "http://localhost:1/v1"
 Plan = Callable[..., list[PlannedCell]]

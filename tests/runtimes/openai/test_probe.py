@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +11,11 @@ import pytest
 
 from qgrid import stages
 from qgrid.contracts import InvalidEngine, NoLogprobs, Unsupported
-from qgrid.measure import quality, speed
-from qgrid.measure.encoding import Encoder
-from qgrid.runtimes import _openai_client as client
-from qgrid.runtimes import openai
 from qgrid.runtimes._openai_client import ServerLost
 from qgrid.runtimes._openai_engine import Remote
-from qgrid.runtimes._openai_probe import PROBE
-from qgrid.serving import retrying
-from qgrid.types import Cell, Prose, Slice, Slices, StageResult, Workload
-from tests.servers import cells, processes
-from tests.servers.faulty import Faulty, distribution, greedy, logprobs
+from tests.servers.faulty import Faulty
 
 KEY = "sk-test-0123456789abcdef0123"
-IDS = [300, 301, 302, 303, 304, 305]
-TRANSIENT = ["500", "429", "reset", "midway", "garbage", "error200", "short", "others", "null"]
 EVERYTHING = frozenset({"ids", "echo", "tokenize", "models", "extensions"})
 
 

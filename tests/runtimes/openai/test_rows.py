@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import shutil
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from qgrid import artifacts, assembly, baseline, choices, codec, config, environment, plan
-from qgrid.codec import InvalidValue
-from qgrid.facts import REMOTE, Facts
-from qgrid.files import HashCache
-from qgrid.pipeline import Outcome
 from qgrid.runtimes import _openai_rows as rows
-from qgrid.runtimes import openai
 from qgrid.serving.failures import RequestFailed
-from qgrid.types import Cell, Gpu, PlannedCell, Price
-from tests.servers import cells
-
-URL = "http://localhost:1/v1"
-Plan = Callable[..., list[PlannedCell]]
 
 
 def answer(logprobs: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:

@@ -9,22 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from qgrid import artifacts, assembly, baseline, choices, codec, config, environment, plan
-from qgrid.codec import InvalidValue
-from qgrid.facts import REMOTE, Facts
+from qgrid import artifacts, assembly, environment
+from qgrid.facts import REMOTE
 from qgrid.files import HashCache
 from qgrid.pipeline import Outcome
-from qgrid.runtimes import _openai_rows as rows
-from qgrid.runtimes import openai
-from qgrid.serving.failures import RequestFailed
-from qgrid.types import Cell, Gpu, PlannedCell, Price
+from qgrid.types import Cell, Gpu, PlannedCell
 from tests.servers import cells
-
-URL = "http://localhost:1/v1"
-Plan = Callable[..., list[PlannedCell]]
 
 
 def built(make: Callable[..., Cell], tiny_random: Path, tmp_path: Path) -> tuple[Any, Any]:
@@ -66,6 +58,18 @@ def test_an_artifact_without_weights_claims_none(
     assert record.measurements == ()
     assert record.artifact["size_bytes"] is None
     assert record.observed["device"]["name"] == "remote"
+
+
+def test_a_gpu_that_is_only_stated_is_not_needed(
+    make: Callable[..., Cell], tiny_random: Path, tmp_path: Path
+) -> None:
+    model = dataclasses.replace(make().model, id=str(tiny_random))
+    stated = Gpu("h100", "cuda", "H100", "sm_90", 80.0, 3350.0, 1)
+    cell = dataclasses.replace(make(), model=model, gpu=stated)
+    folder = tmp_path / "artifacts" / "artifact"
+    result = artifacts.build(cells.job("artifact", cell, folder, tmp_path / "out"))
+    assert result.failure is None
+    assert (folder / "tokenizer.json").is_file()
 
 
 def test_of_a_hub_model_no_weights_are_fetched(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,85 +13,26 @@ import numpy as np
 import pytest
 import torch
 
-from qgrid import interpreters, models, registry, stages
+from qgrid import models, stages
 from qgrid.contracts import Engine, InvalidEngine, NoLogprobs
 from qgrid.measure import prose, quality, speed, truncated
 from qgrid.measure.encoding import Encoder
-from qgrid.methods import gguf
 from qgrid.runtimes import llama_cpp, openai
 from qgrid.runtimes import transformers as reference
 from qgrid.runtimes._openai_engine import Remote
-from qgrid.types import Cell, Method, Model, Prose, Runtime, Slice, Slices, StageResult, Workload
+from qgrid.types import Cell, Method, Prose, Runtime, Slice, Slices, StageResult, Workload
 from tests.runtimes.conftest import LLAMA_CPP
-from tests.servers import cells, processes
+from tests.servers import cells, real
 from tests.servers.processes import Served
+from tests.servers.real import FOLDER, TINY, VOCAB
 
-TINY = Model("tiny", models.EMBEDDED, None, False, False)
-FOLDER = models.resolve(TINY)
-VOCAB = 1536
 # bf16 keeps 8 bits of a number, and two programs round at other places. Measured on 2,040 tokens of
 # prose: 0.0050 nats between the log-probabilities of a token, 0.00006 between their means.
 NOISE, NOISE_OF_MEAN = 0.01, 0.001
 RESOURCES = "package:qgrid.demo/slices"
 
-VLLM = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; else it wants nearly all of the machine's memory
-    "TORCHDYNAMO_DISABLE": "1",
-}
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """vLLM's own OpenAI server; it may tell log-probabilities of the whole vocabulary."""
-    folder = tmp_path_factory.mktemp("vllm")
-    (shown := folder / "shown").mkdir()
-    try:
-        python = interpreters.interpreter("vllm", "cpu")
-    except interpreters.UnknownInterpreter as error:
-        pytest.skip(str(error))
-    environment = interpreters.variables("vllm", shown, "cpu") | VLLM
-    port = processes.free_port()
-    options = {
-        "--model": str(FOLDER),
-        "--served-model-name": "tiny",
-        "--host": "127.0.0.1",
-        "--port": str(port),
-        "--dtype": "bfloat16",
-        "--max-model-len": "1024",
-        "--max-logprobs": str(VOCAB),
-    }
-    flags = ["--enforce-eager", "--no-enable-prefix-caching"]
-    command = [python, "-m", "vllm.entrypoints.openai.api_server"]
-    command += [part for pair in options.items() for part in pair] + flags
-    with processes.running(command, port, folder / "log.txt", environment) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def gguf_folder(make_cell: Callable[..., Cell], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model as a GGUF file of 16 bits."""
-    out = tmp_path_factory.mktemp("gguf")
-    method = Method("gguf", gguf.UNQUANTIZED)
-    registry.method("gguf").quantize(make_cell(model=TINY, method=method), FOLDER, out)
-    return out
-
-
-def started(gguf_folder: Path, log: Path) -> Any:
-    port = processes.free_port()
-    file = str(next(gguf_folder.glob("*.gguf")))
-    arguments = [file, str(port), "4", "1024"]
-    command = [sys.executable, "-m", "tests.servers.llama", *arguments]
-    return processes.running(command, port, log)
-
-
-@pytest.fixture(scope="module")
-def llama(gguf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """llama.cpp's own server."""
-    with started(gguf_folder, tmp_path_factory.mktemp("llama") / "log.txt") as served:
-        yield served
 
 
 @pytest.fixture
@@ -152,10 +92,6 @@ def job(make_cell: Callable[..., Cell], stage: Any, out: Path, server: Served, *
     folder = cells.artifact(cell, FOLDER, out / "artifact")
     base = folder if more.get("baseline_url") else None
     return cells.job(stage, cell, folder, out / str(stage), base)
-
-
-def values(result: StageResult) -> dict[tuple[str, str | None], float]:
-    return {(m.metric, m.slice): m.value for m in result.measurements}
 
 
 def full_rows(engine: Engine, windows: prose.Windows) -> list[torch.Tensor]:
@@ -233,11 +169,11 @@ def test_a_server_is_its_own_baseline_and_another_one_is_compared(
     vllm: Served, make_cell: Callable[..., Cell], tmp_path: Path
 ) -> None:
     alone = quality.measure(job(make_cell, "quality", tmp_path / "alone", vllm))
-    assert {m for m, _ in values(alone)} == {"ppl", "accuracy", "answer_logprob"}
+    assert {m for m, _ in cells.values(alone)} == {"ppl", "accuracy", "answer_logprob"}
     other = {"baseline_url": vllm.base_url, "baseline_model": "tiny"}
     paired = quality.measure(job(make_cell, "quality", tmp_path / "paired", vllm, **other))
-    found = values(paired)
-    assert found["ppl", None] == pytest.approx(values(alone)["ppl", None], rel=NOISE_OF_MEAN)
+    found = cells.values(paired)
+    assert found["ppl", None] == pytest.approx(cells.values(alone)["ppl", None], rel=NOISE_OF_MEAN)
     assert abs(found["ln_ppl_ratio", None]) < NOISE_OF_MEAN
     assert 0 <= found["kld_topk_mean", None] + 1e-6 < NOISE_OF_MEAN
     assert found["same_top_p", None] > 0.98
@@ -279,7 +215,7 @@ def test_a_real_server_is_timed(
     server = request.getfixturevalue(name)
     workload = Workload("test", 32, 8, (1, 4), 2, 5)
     result = speed.measure(job(make_cell, "speed", tmp_path, server, workload=workload))
-    found = values(result)
+    found = cells.values(result)
     for level in ("concurrency=1", "concurrency=4"):
         assert found["failed_requests", level] == 0
         assert found["output_throughput", level] > 0
@@ -322,7 +258,7 @@ def test_llama_cpp_tells_no_log_probabilities_of_a_prompt(
     with pytest.raises(NoLogprobs, match="no log-probabilities of a prompt"):
         list(engine.score([[1, 2, 3]], [2]))
     result = quality.measure(job(make_cell, "quality", tmp_path, llama))
-    assert set(values(result)) == {("accuracy", "structured")}
+    assert set(cells.values(result)) == {("accuracy", "structured")}
     assert set(result.observed["left_out"]) == {"knowledge", "prose"}
 
 
@@ -331,7 +267,7 @@ def test_a_real_server_that_is_killed_in_the_middle_of_a_load(
 ) -> None:
     """What it answered before is kept, what it did not is counted, and the stage ends."""
     workload = Workload("test", 32, 200, (4,), 2, 5, rounds=6, deadline_seconds=20.0)
-    with started(gguf_folder, tmp_path / "log.txt") as server:
+    with real.llama(gguf_folder, tmp_path) as server:
         wanted = job(make_cell, "speed", tmp_path, server, workload=workload)
         results: list[StageResult] = []
         stage = threading.Thread(target=lambda: results.append(stages.run(wanted)), daemon=True)
