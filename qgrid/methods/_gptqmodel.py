@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from qgrid import calibration, gptq_kernels, inspection, models
@@ -104,8 +106,9 @@ def quantize(cell: Cell, source: Path, out: Path, recipe: Recipe) -> Built:
     tokenizer = _checkpoint.tokenizer(source, cell.model)
     drawn = calibration.draw(cell.calibration, tokenizer, cell.seed)
     model = _loaded(cell, source, _configuration(recipe, stored))
-    names = recipe.rounded(model, _calibration(drawn.rows))
-    model.save(str(out))
+    with _logs_aside():
+        names = recipe.rounded(model, _calibration(drawn.rows))
+        model.save(str(out))
     _tidy(source, out)
     ids = _checkpoint.probe(source, cell)
     return Built(
@@ -149,6 +152,20 @@ def _loaded(cell: Cell, source: Path, configuration: Any) -> Any:
         dtype=_checkpoint.dtype_16bit(source),
         **models.load_options(cell.model),
     )
+
+
+@contextmanager
+def _logs_aside() -> Iterator[None]:
+    """Keep the library's tables of losses, which the artifact has too, out of the user's folder."""
+    from gptqmodel.looper import loop_processor
+
+    original = loop_processor._PROJECT_LOG_DIR
+    with TemporaryDirectory(prefix="qgrid-gptqmodel-", ignore_cleanup_errors=True) as folder:
+        loop_processor._PROJECT_LOG_DIR = Path(folder)
+        try:
+            yield
+        finally:
+            loop_processor._PROJECT_LOG_DIR = original
 
 
 def _calibration(rows: Sequence[Sequence[int]]) -> dict[str, Any]:

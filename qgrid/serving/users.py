@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 KEPT = 0.9  # of the requests of a load: one-sided, as a p90
 FEWEST_LEVELS = 3  # of concurrency, for a curve to have a knee
+FEWEST_TRIED = 2  # to say how many users keep a promise: one user alone is no trial
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,12 @@ def knee(found: Sequence[Level]) -> Level | None:
 
 
 def most(found: Sequence[Level]) -> int | None:
-    """The highest level up to which the promise holds; 0: not even for one user. None: no promise.
+    """The highest level up to which the promise holds; 0: not even for one user.
 
-    Levels above one that fails do not count, even where they hold by chance.
+    None: nothing is promised, or only one level was measured. Levels above one that fails do not
+    count, even where they hold by chance.
     """
-    if not found or found[0].holds is None:
+    if len(found) < FEWEST_TRIED or found[0].holds is None:
         return None
     reached = 0
     for level in found:

@@ -65,6 +65,16 @@ def test_checkpoint_is_what_it_says(
     assert len(alone.modules) == 14
 
 
+def test_nothing_is_written_where_the_user_stands(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    build("gptq", 4)
+    assert list(here.iterdir()) == []
+
+
 def test_build_is_the_same_to_the_bit(build: Build, tmp_path: Path, tiny_random: Path) -> None:
     from hashlib import sha256
 

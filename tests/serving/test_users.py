@@ -70,6 +70,12 @@ def test_a_promise_that_even_the_most_keep_is_a_lower_bound() -> None:
     assert users.at_least(found) == ["max_users"]
 
 
+def test_one_user_alone_is_no_trial() -> None:
+    found = users.levels(curve({1: 1.0}), Slo(e2e_latency_ms=1500))
+    assert measured(found) == {}
+    assert users.at_least(found) == []
+
+
 def test_a_promise_that_nobody_gets() -> None:
     found = users.levels(curve({1: 1.0, 2: 1.0}), Slo(ttft_ms=1))
     assert measured(found) == {"max_users": 0}
