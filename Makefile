@@ -12,6 +12,11 @@ RECIPES := $(wildcard qgrid/envs/*.toml)
 export TORCH_ARGS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Its Python may be gone or another one since, or `venv` was interrupted: all of it is made anew then.
+ifeq ($(shell $(BIN)/python -c 'import pip' 2>/dev/null && echo whole),)
+$(shell rm -f $(BIN)/python $(VENV)/main.stamp $(VENV)/dev.stamp)
+endif
+
 .PHONY: run test test-gpu test-system environments lint bench model clean help
 
 help:  ## what there is
@@ -48,7 +53,7 @@ test-system:  ## Debian packages that the tests use
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "qgrid needs Python 3.11 or later; $(PYTHON) is older. Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
-	@$(PYTHON) -m venv $(VENV) || \
+	@$(PYTHON) -m venv --clear $(VENV) || \
 		{ rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment. On Debian: apt-get install python3-venv"; exit 2; }
 
 # Other CMAKE_ARGS than last time install another wheel; without any, that of last time stays.

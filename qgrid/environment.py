@@ -216,9 +216,12 @@ def threads() -> dict[str, Any]:
 def cuda_version() -> str | None:
     """The CUDA version that torch was built for, read without importing torch."""
     spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
-    text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    return None if spec is None or spec.origin is None else cuda_of(Path(spec.origin).parent)
+
+
+def cuda_of(torch: Path) -> str | None:
+    """The CUDA version that the torch in a folder was built for; None: a build for the CPU."""
+    text = (torch / "version.py").read_text(encoding="utf-8")
     found = re.search(r"^cuda\b[^=]*=\s*'([^']+)'", text, flags=re.MULTILINE)
     return found[1] if found else None
 

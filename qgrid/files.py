@@ -68,7 +68,23 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
 
 def machine_lock() -> Path:
     """The lock of this machine's cores and memory bandwidth: timing holds it alone."""
-    return Path(tempfile.gettempdir()) / f"qgrid-{os.getuid()}" / "machine.lock"
+    return _temporary() / "machine.lock"
+
+
+def user_cache(variable: str, name: str) -> Path:
+    """The folder that an environment variable names, else `name` in qgrid's part of the cache."""
+    if told := os.environ.get(variable):
+        return Path(told).absolute()
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # nobody's home is known, as of a bare number of a user in a container
+        cache = _temporary()
+    return cache.absolute() / "qgrid" / name
+
+
+def _temporary() -> Path:
+    """A folder of the user's own among the temporary ones."""
+    return Path(tempfile.gettempdir()) / f"qgrid-{os.getuid()}"
 
 
 def sha256(path: Path) -> str:

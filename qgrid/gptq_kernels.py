@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from qgrid import inspection
+from qgrid.contracts import Unsupported
 
 AUTO = "auto"  # the library's own choice, among those that compute in the dtype asked for
 PLAIN = "torch"  # unpacks all weights in every pass; the only one with fp32 arithmetic
+_ATEN = {"torch_aten": (32, 64, 128, 256), "torch_fused": (32, 64, 128, 256)}  # their groups
 _WORKERS = "2"  # its default pool has one worker on two cores, and fails
 
 
@@ -88,11 +90,25 @@ def layout(folder: Path) -> str | None:
     return method if method in KERNELS else None
 
 
-def asked(folder: Path, kernel: str, dtype: str) -> dict[str, Any]:
+def lacks(kernel: str, layout: str, group_size: int, symmetric: bool) -> str | None:
+    """What a kernel cannot multiply although it loads it; `group_size` -1: one scale a row."""
+    if kernel in _ATEN and group_size not in _ATEN[kernel]:
+        has = ", ".join(map(str, _ATEN[kernel]))
+        return f"weights in groups of {'a row' if group_size < 0 else group_size} (has: {has})"
+    if (kernel, layout) == ("torch_fused", "gptq") and not symmetric:
+        return "zero points of `gptq`: it takes all for zero"
+    return None
+
+
+def asked(folder: Path, kernel: str, dtype: str, device: str) -> dict[str, Any]:
     """Arguments of `from_pretrained` that ask for a kernel; none where gptqmodel is not needed.
 
     `auto` in fp32 means the one kernel that computes in it: the library would choose another that
-    rounds activations and scales to bf16.
+    rounds activations and scales to bf16. So it does on a CPU where the library's choice, an int4
+    product of torch, fails in the first pass.
+
+    Raises:
+        Unsupported: the kernel would fail or compute something else.
     """
     native = layout(folder)
     if native is None:
@@ -100,8 +116,12 @@ def asked(folder: Path, kernel: str, dtype: str) -> dict[str, Any]:
     library()
     from transformers import AwqConfig, GPTQConfig
 
-    wanted = PLAIN if kernel == AUTO and dtype == "float32" else kernel
-    bits = inspection.quantization_config(folder)["bits"]
+    stored = inspection.quantization_config(folder)
+    bits, packing = stored["bits"], (native, stored["group_size"], stored.get("sym", True))
+    if reason := lacks(kernel, *packing):
+        raise Unsupported(f"`runtime.kernel={kernel}` does not multiply {reason}")
+    fails = device == "cpu" and bits == 4 and lacks("torch_aten", *packing) is not None
+    wanted = PLAIN if kernel == AUTO and (dtype == "float32" or fails) else kernel
     config = GPTQConfig(bits=bits) if native == "gptq" else AwqConfig(bits=bits)
     # Set afterwards: transformers knows fewer names than gptqmodel. Only this attribute of the
     # argument counts; the rest comes from the checkpoint.
@@ -140,12 +160,17 @@ def computes_exactly(module: Any, dtype: str) -> bool:
     return native and dtype == "float32"
 
 
-def slow(layout: str, scheme: str, kernel: str, dtype: str, device: str) -> str | None:
-    """One sentence where `kernel` unpacks all weights in every pass and another would not."""
-    if kernel != PLAIN or dtype == "float32" or layout not in KERNELS:
+def slow(module: Any, symmetric: bool, dtype: str, device: str) -> str | None:
+    """One sentence where a layer's kernel unpacks it in every pass and another would not.
+
+    `symmetric` is the checkpoint's: optimum hands it to the layer in the place of `desc_act`.
+    """
+    if name(module) != PLAIN or dtype == "float32":
         return None
-    bits = int(scheme[1 : scheme.index("A")])
-    others = [each for each in available(layout, bits, device) if each != PLAIN]
+    layout, bits = format_of(module), int(module.bits)
+    packing = layout, int(module.requested_group_size), symmetric
+    has = available(layout, bits, device)
+    others = [each for each in has if each != PLAIN and lacks(each, *packing) is None]
     if not others:
         return None
     return (

@@ -45,11 +45,12 @@ def variables(name: str, shown: Path | None, kind: DeviceKind | None = None) -> 
         assert shown is not None
         recipe = _recipe(name, kind)
         _show(shown)
-        return {**builds.variables(recipe), **told, "PYTHONPATH": _joined(str(shown))}
+        return {**builds.variables(recipe), **told, "PYTHONPATH": str(shown)}
     root = str(Path(qgrid.__file__).parents[1])
     if "site-packages" in root:
         return {**os.environ, **told}
-    return {**os.environ, **told, "PYTHONPATH": _joined(root)}
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, **told, "PYTHONPATH": path}
 
 
 def _recipe(name: str, kind: DeviceKind | None) -> recipes.Recipe:
@@ -67,11 +68,6 @@ def _build(recipe: recipes.Recipe) -> builds.Build:
             f"run `{builds.command(recipe)}`"
         )
     return found
-
-
-def _joined(first: str) -> str:
-    """A `PYTHONPATH` that begins with `first`."""
-    return os.pathsep.join([first, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _show(folder: Path) -> None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -186,6 +187,44 @@ def test_make_installs_another_wheel_for_other_settings(tmp_path: Path) -> None:
     assert make("CMAKE_ARGS=-DX=1") == make() == []
     (venv / "main.stamp").unlink()  # as when a locked version changes
     assert any(line.endswith("/wheels/of--DX=1/*.whl") for line in make())
+
+
+def test_make_replaces_an_environment_whose_python_changed(tmp_path: Path) -> None:
+    """Its stamps say that all is installed, but nothing is where another Python looks."""
+    log, venv, python = tmp_path / "log", tmp_path / "venv", tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\necho "$*" >> {log}\n'
+        f'case "$*" in *venv*) mkdir -p {venv}/bin && cp {python} {venv}/bin/python;; esac\n'
+    )
+    python.chmod(0o755)
+    root = Path(qgrid.__file__).parents[1]
+    command = ["make", f"VENV={venv}", f"PYTHON={python}", f"{venv}/dev.stamp"]
+
+    def made() -> str:
+        log.write_text("")
+        plain = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
+        subprocess.run(command, cwd=root, env=plain, check=True, capture_output=True)
+        return log.read_text()
+
+    everything = ("-m venv --clear", "install -q --no-deps -e .", "envs/dev.txt")
+    first, second = made(), made()
+    assert all(step in first for step in everything)
+    assert not any(step in second for step in everything)
+    for broken in ("#!/bin/sh\nexit 1\n", "#!/nonexistent/python\n"):
+        (venv / "bin" / "python").write_text(broken)  # no pip, as after `venv` was interrupted
+        again = made()
+        assert all(step in again for step in everything), again
+
+
+def test_a_wheel_that_cannot_be_kept_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QGRID_WHEELS", "/dev/null/wheels")
+    monkeypatch.setattr(sys, "argv", ["wheels"])
+    assert wheels.main() == 0
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.count("set QGRID_WHEELS to a folder") == len(wheels.SOURCES)
 
 
 def test_every_package_built_from_sources_is_pinned() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -89,3 +90,21 @@ def test_a_torn_hash_cache_is_begun_anew(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     cache = files.HashCache(tmp_path / "hashes.json")
     assert cache.sha256(tmp_path / "file") == files.sha256(tmp_path / "file")
+
+
+def test_a_cache_of_the_user_s_own_wherever_home_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/of/xdg")
+    assert files.user_cache("QGRID_X", "x") == Path("/of/xdg/qgrid/x")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/of/home")
+    assert files.user_cache("QGRID_X", "x") == Path("/of/home/.cache/qgrid/x")
+    monkeypatch.delenv("HOME")
+
+    def unknown(_: int) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    found = files.user_cache("QGRID_X", "x")
+    assert found == files.machine_lock().parent / "qgrid" / "x"
+    monkeypatch.setenv("QGRID_X", "named")
+    assert files.user_cache("QGRID_X", "x") == Path.cwd() / "named"

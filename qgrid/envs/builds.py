@@ -12,7 +12,7 @@ from pathlib import Path
 from qgrid import device
 from qgrid.envs import locks
 from qgrid.envs.recipes import Recipe
-from qgrid.files import write_atomic
+from qgrid.files import user_cache, write_atomic
 
 PYTHON_VARIABLES = {"PYTHONPATH", "PYTHONHOME"}  # they would show it this interpreter's packages
 MARKER = "qgrid.json"  # written last: a folder without it is half built
@@ -46,8 +46,7 @@ class Build:
 
 def home() -> Path:
     """The folder of all environments: `QGRID_ENVS`, else a place of the user's own."""
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("QGRID_ENVS") or Path(cache) / "qgrid" / "envs").absolute()
+    return user_cache("QGRID_ENVS", "envs")
 
 
 def folder_of(recipe: Recipe) -> Path:

@@ -9,11 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qgrid import environment, redact
 from qgrid.envs import builds, locks
 from qgrid.envs.builds import Build
 from qgrid.envs.recipes import Recipe
@@ -23,8 +25,9 @@ POLL_SECONDS = 0.5
 OFFLINE = re.compile(
     r"NewConnectionError|ConnectTimeout|ReadTimeout|ProxyError|name resolution|unreachable"
 )
+FULL = re.compile(r"No space left on device|Disk quota exceeded")
+FULL_BYTES = 2**20
 COLLECTED = re.compile(r"^(?:Collecting|Processing|Requirement) ", flags=re.MULTILINE)
-TORCH_CUDA = re.compile(r"^cuda\b[^=]*=\s*'([^']+)'", flags=re.MULTILINE)
 
 
 class NotBuilt(RuntimeError):
@@ -53,8 +56,10 @@ def build(recipe: Recipe, first_args: Sequence[str], screen: Screen) -> tuple[Bu
         site = _Site(recipe, build, screen, folder.with_name(f"{folder.name}.log"), lock)
         try:
             return _built(site, first_args), True
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise NotBuilt(f"files cannot be written in {builds.home()}: {error}") from None
             raise
 
 
@@ -190,11 +195,14 @@ def _run(
             raise
     if process.returncode:
         told = log.read_bytes()[start:].decode(errors="replace")
-        if "No space left on device" in told:
+        # On a full disk the log cannot be written either, and pip unpacks in a second place.
+        places = [str(builds.home()), tempfile.gettempdir()]
+        if FULL.search(told) or any(shutil.disk_usage(each).free < FULL_BYTES for each in places):
             raise NotBuilt(
-                f"there is no space left in {builds.home()}; set QGRID_ENVS (log: {log})"
+                f"there is no space left in {' or '.join(places)}; make room, or set QGRID_ENVS or "
+                f"TMPDIR to another place (log: {log})"
             )
-        raise NotBuilt(f"{explain(recipe, told)} (log: {log})")
+        raise NotBuilt(f"{redact.text(explain(recipe, told))} (log: {log})")
 
 
 def _no_venv(_: Recipe, told: str) -> str:
@@ -229,13 +237,13 @@ def _last(told: str) -> str:
 
 def _check_torch(site: _Site) -> None:
     """The build of torch that the index gave is for this kind of device."""
-    recipe, file = site.recipe, site.build.site / "torch" / "version.py"
-    if not file.is_file():
+    recipe, torch = site.recipe, site.build.site / "torch"
+    if not torch.is_dir():
         return
-    found = TORCH_CUDA.search(file.read_text(encoding="utf-8"))
-    if (found is None) == (recipe.kind == "cpu"):
+    cuda = environment.cuda_of(torch)
+    if (cuda is None) == (recipe.kind == "cpu"):
         return
-    given = "a CPU" if found is None else f"CUDA {found[1]}"
+    given = "a CPU" if cuda is None else f"CUDA {cuda}"
     raise NotBuilt(
         f"the torch of your package index is a build for {given}, and `{recipe.lock}` needs one "
         f"for {recipe.kind}; name an index that has it: "

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from qgrid.files import built_aside, locked
+from qgrid.files import built_aside, locked, user_cache
 
 # Distribution -> settings of its build, before those of the user's CMAKE_ARGS.
 SOURCES = {
@@ -37,7 +37,7 @@ def main() -> int:
     for name, settings in SOURCES.items():
         try:
             print(folder(f"{name}=={_pinned(name)}", settings))  # noqa: T201
-        except subprocess.CalledProcessError as error:
+        except (OSError, subprocess.CalledProcessError) as error:
             print(_failed(name, error), file=sys.stderr)  # noqa: T201
     return 0
 
@@ -64,8 +64,7 @@ def folder(requirement: str, settings: str) -> Path:
 
 def cache() -> Path:
     """The folder of all wheels: `QGRID_WHEELS`, else a place of the user's own."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("QGRID_WHEELS") or Path(home) / "qgrid" / "wheels")
+    return user_cache("QGRID_WHEELS", "wheels")
 
 
 def key(parts: Mapping[str, str]) -> str:
@@ -124,13 +123,15 @@ def _build(requirement: str, arguments: str, target: Path) -> None:
     _say(f"{requirement} is kept in {target}")
 
 
-def _failed(name: str, error: subprocess.CalledProcessError) -> str:
-    missing = (
-        " There is no C++ compiler; install one (on Debian: apt-get install g++), then run "
-        "`make clean` and start again."
-    )
-    why = missing if _compiler().startswith("no ") else f" pip ended with {error.returncode}."
-    return f"{name} could not be built, so what needs it will be `unsupported`.{why}"
+def _failed(name: str, error: OSError | subprocess.CalledProcessError) -> str:
+    if isinstance(error, OSError):
+        why = f"{error}; set QGRID_WHEELS to a folder with room that you may write"
+    elif _compiler().startswith("no "):
+        why = "there is no C++ compiler; install one (on Debian: apt-get install g++)"
+    else:
+        why = f"pip ended with {error.returncode}"
+    told = f"{name} could not be built, so what needs it will be `unsupported`: {why}"
+    return f"{told}. Then run `make clean` and start again."
 
 
 def _say(text: str) -> None:

@@ -129,6 +129,7 @@ def _truncated(
         return [prose.perplexity(truncated.alone(top))], observed
     finally:
         reference.close()
+    observed["failed_windows"] = {**base.failed, **top.failed}  # in no figure
     tokens = truncated.paired(top, base)
     return [prose.perplexity(tokens), *truncated.against_baseline(tokens)], observed
 

@@ -124,10 +124,8 @@ def _of_row(base_ids: Ids, base: Array, cell_ids: Ids, cell: Array) -> float:
     p, q = base[ours], cell[theirs]
     inside = float(np.sum(np.exp(p) * (p - q)))
     rest = max(0.0, 1.0 - float(np.exp(p).sum()))
-    if rest <= _ROUNDING:
-        return inside
     other = max(_ROUNDING, 1.0 - float(np.exp(q).sum()))
-    return inside + rest * math.log(rest / other)
+    return inside + (rest * math.log(rest / other) if rest > 0 else 0.0)
 
 
 def against_baseline(tokens: Tokens) -> list[Measurement]:

@@ -130,6 +130,6 @@ def reload(folder: Path, cell: Cell) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    kernel = gptq_kernels.asked(folder, gptq_kernels.PLAIN, "auto")
+    kernel = gptq_kernels.asked(folder, gptq_kernels.PLAIN, "auto", cell.gpu.kind)
     options = models.load_options(cell.model) | kernel
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()

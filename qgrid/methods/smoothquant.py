@@ -41,7 +41,7 @@ _SCHEME: llmc.Scheme = {
 
 @dataclass(frozen=True)
 class Options:
-    """`smoothing_strength`: how much of the activations' range the weights take over, 0 to 1."""
+    """`smoothing_strength`: 1: weights take all the range of activations; 0: the reverse."""
 
     smoothing_strength: Annotated[float, Field(ge=0, le=1)]
 

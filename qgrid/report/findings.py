@@ -162,9 +162,10 @@ def _failed_checks(row: Row) -> Iterator[str]:
 
 
 def _left_out(row: Row) -> Iterator[str]:
-    left_out = row.observed("left_out")
-    for name, reason in left_out.items() if isinstance(left_out, Mapping) else ():
-        yield f"slice `{name}` was left out: {reason}."
+    for key, where in (("left_out", ""), ("left_out_of_baseline", " of the baseline")):
+        for name, reason in _mapping(row.observed(key)).items():
+            what = name if name == "prose" else f"slice `{name}`"
+            yield f"{what}{where} was left out: {reason}."
 
 
 def _timing(row: Row) -> Iterator[str]:

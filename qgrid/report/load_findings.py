@@ -78,11 +78,14 @@ def _counted(row: Row) -> Iterator[str]:
 
 
 def _unanswered(row: Row) -> Iterator[str]:
-    """Items of a slice that a server gave no answer to."""
+    """Items of a slice and windows of prose that a server gave no answer to."""
     for (metric, part), found in row.measured.items():
         if metric == "failed_items" and found.value > 0:
             of = "" if found.n is None else f" of {found.n}"
             yield f"{found.value:.0f}{of} items of `{part}` got no answer, and count for nothing."
+    if windows := _mapping(row.observed("failed_windows")):
+        of = row.observed("windows")
+        yield f"{len(windows)} of {of} windows of prose got no answer, and count for nothing."
 
 
 def _listed(parts: Any) -> str:

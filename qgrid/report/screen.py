@@ -64,7 +64,7 @@ def _balanced(columns: Sequence[int], widths: Sequence[int], room: int) -> list[
     parts = _packed(columns, widths, room)
     while len(parts) > 1:
         narrower = _packed(columns, widths, max(_taken(part, widths) for part in parts) - 1)
-        if len(narrower) > len(parts):
+        if len(narrower) > len(parts) or narrower == parts:  # one column alone is the widest
             break
         parts = narrower
     return parts

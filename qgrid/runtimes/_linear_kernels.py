@@ -44,15 +44,17 @@ def _kernel(module: Any, dtype: str) -> tuple[str, str, str, str]:
     return "compressed-tensors", scheme, "dense", computed
 
 
-def facts(layers: Sequence[Mapping[str, Any]], dtype: str, device: str) -> dict[str, Any]:
+def facts(model: torch.nn.Module, dtype: str, device: str) -> dict[str, Any]:
     """The keys of `observed` that tell the kernel of quantized layers."""
-    facts: dict[str, Any] = {"linear_kernels": list(layers)}
+    layers = kernels(model, dtype)
+    facts: dict[str, Any] = {"linear_kernels": layers}
     quantized = [layer for layer in layers if layer["method"] != "none"]
     if quantized:
         facts["kernel"] = "+".join(sorted({layer["kernel"] for layer in quantized}))
-    for layer in quantized:
-        slow = gptq_kernels.slow(layer["method"], layer["scheme"], layer["kernel"], dtype, device)
-        if slow is not None:
+    config = getattr(model.config, "quantization_config", None)
+    told = getattr(config, "sym", True), dtype, device
+    for module in filter(gptq_kernels.is_kernel, _storage.linears(model).values()):
+        if slow := gptq_kernels.slow(module, *told):
             facts["slow_kernel"] = slow
     return facts
 

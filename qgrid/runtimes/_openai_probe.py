@@ -126,9 +126,7 @@ def _names_by_logprobs(client: Client, wanted: Mapping[str, Any]) -> bool:
         made = rows.choice(client.post(COMPLETIONS, {**wanted, "logprobs": 1}))
     except RequestFailed:
         return False
-    told = made.get("logprobs")
-    content = told.get("content") if isinstance(told, Mapping) else None
-    return isinstance(content, list) and bool(content) and "id" in content[0]
+    return rows.content_ids(made.get("logprobs")) is not None
 
 
 def _noted(attempt: Callable[[], Abilities], refusals: list[RequestFailed]) -> Abilities | None:

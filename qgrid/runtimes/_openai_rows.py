@@ -18,6 +18,7 @@ from qgrid.serving.failures import RequestFailed
 
 Answer = Mapping[str, Any]
 _NAMED = "token_id:"
+_MOST_ID = 2**31  # above it is no token
 
 
 @dataclass(frozen=True)
@@ -84,21 +85,28 @@ def generated(answer: Answer, encode: Callable[[str], list[int]]) -> tuple[int, 
         RequestFailed: there is no text.
     """
     made = choice(answer)
-    for found in (made.get("token_ids"), _content_ids(made.get("logprobs"))):
-        if isinstance(found, list) and all(isinstance(each, int) for each in found):
-            return tuple(found)
+    for found in (_ids(made.get("token_ids")), content_ids(made.get("logprobs"))):
+        if found is not None:
+            return found
     text = made.get("text")
     if not isinstance(text, str):
         raise _garbage("no text in the answer")
     return tuple(encode(text))
 
 
-def _content_ids(told: Any) -> list[Any] | None:
+def content_ids(told: Any) -> tuple[int, ...] | None:
     """llama.cpp tells the ids of generated tokens with their log-probabilities."""
     content = told.get("content") if isinstance(told, Mapping) else None
     if not isinstance(content, list) or not content:
         return None
-    return [each.get("id") if isinstance(each, Mapping) else None for each in content]
+    return _ids([each.get("id") if isinstance(each, Mapping) else None for each in content])
+
+
+def _ids(found: Any) -> tuple[int, ...] | None:
+    """A list of token ids; None: it is none."""
+    if not isinstance(found, list) or not all(type(each) is int for each in found):
+        return None
+    return tuple(found) if all(0 <= each < _MOST_ID for each in found) else None
 
 
 def _require_length(answer: Answer, told: int, sent: int) -> None:
@@ -127,7 +135,10 @@ def _ranked(found: Any) -> list[tuple[int, float]]:
 
 
 def _is_named(name: Any) -> bool:
-    return isinstance(name, str) and name.removeprefix(_NAMED).isdecimal() and _NAMED in name
+    if not isinstance(name, str) or not name.startswith(_NAMED):
+        return False
+    digits = name.removeprefix(_NAMED)
+    return digits.isdecimal() and len(digits) < 10
 
 
 def _number(value: Any) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Census:
-    """A loaded model: its layers, the output head, its bytes, its KV cache, its process."""
+    """A loaded model: its layers, the output head, its bytes, its KV cache, its processes."""
 
     linears: tuple[Linear, ...]
     head: str
@@ -47,10 +47,10 @@ class Census:
     device: str
     threads: int
     cores: tuple[int, ...]
-    pid: int
+    pids: tuple[int, ...]
     activation_peak_bytes: int | None = None
     reserved_bytes: int | None = None
-    resident_bytes: int | None = None  # of the process, once everything is loaded
+    resident_bytes: int | None = None  # of the processes, once everything is loaded
     weight_dtypes: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -67,14 +67,15 @@ def take(runner: Any) -> Census:
     """The census of a model runner."""
     import torch
 
-    linears = tuple(_linears(runner.model))
+    model = runner.get_model()
+    linears = tuple(_linears(model))
     caches = [cache for cache in tensors(runner.kv_caches) if cache.numel()]
     config = runner.vllm_config.cache_config
     on_gpu = runner.device.type == "cuda"
     return Census(
         linears=linears,
-        head=_head(runner.model),
-        weights_bytes=weights_bytes(runner.model),
+        head=_head(model),
+        weights_bytes=weights_bytes(model),
         kv_dtype=_kv_dtype(config.cache_dtype, caches),
         kv_pool_bytes=sum(_nbytes(caches)),
         kv_blocks=int(config.num_gpu_blocks),
@@ -83,9 +84,39 @@ def take(runner: Any) -> Census:
         device=torch.cuda.get_device_name(runner.device) if on_gpu else "cpu",
         threads=torch.get_num_threads(),
         cores=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (),
-        pid=os.getpid(),
-        weight_dtypes=_dtypes(runner.model),
+        pids=(os.getpid(),),
+        weight_dtypes=_dtypes(model),
     )
+
+
+def joined(parts: Sequence[Census]) -> Census:
+    """The census of a model that is split over several workers: bytes and threads added up.
+
+    A layer that is the same in all of them counts once, one that differs for each way it does.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    return replace(
+        first,
+        linears=tuple(dict.fromkeys(each for part in parts for each in part.linears)),
+        weights_bytes=sum(part.weights_bytes for part in parts),
+        kv_pool_bytes=sum(part.kv_pool_bytes for part in parts),
+        kv_blocks=min(part.kv_blocks for part in parts),
+        device=", ".join(dict.fromkeys(part.device for part in parts)),
+        threads=sum(part.threads for part in parts),
+        cores=tuple(sorted({core for part in parts for core in part.cores})),
+        pids=tuple(pid for part in parts for pid in part.pids),
+        activation_peak_bytes=_total([part.activation_peak_bytes for part in parts]),
+        reserved_bytes=_total([part.reserved_bytes for part in parts]),
+        resident_bytes=_total([part.resident_bytes for part in parts]),
+        weight_dtypes=dict(sum((Counter(part.weight_dtypes) for part in parts), Counter())),
+    )
+
+
+def _total(sizes: Sequence[int | None]) -> int | None:
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None
 
 
 def _linears(model: torch.nn.Module) -> Iterator[Linear]:

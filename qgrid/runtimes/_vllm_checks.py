@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qgrid.runtimes import _vllm_settings as settings
 from qgrid.runtimes._vllm_census import W4A8
 from qgrid.runtimes._vllm_settings import KV_TYPES, Options
 from qgrid.types import Check
@@ -29,6 +30,8 @@ def checks(census: Census, cell: Cell, threads: int) -> tuple[Check, ...]:
     asked = Options(**cell.runtime.options).kernel
     if asked != "auto":
         found.append(_kernel(census.linears, asked))
+    if max(len(census.pids), settings.parallel(cell)) > 1:
+        found.append(_parallel(census, settings.parallel(cell)))
     if cell.gpu.kind == "cpu":
         found.append(_threads(census, cell, threads))
     return tuple(found)
@@ -83,6 +86,16 @@ def is_kernel(kernel: str, asked: str) -> bool:
     return plain in kernel.lower()
 
 
+def _parallel(census: Census, wanted: int) -> Check:
+    """As many workers hold a part of the model as there are GPUs."""
+    return Check(
+        "tensor_parallel_size",
+        ok=len(census.pids) == wanted,
+        expected=f"{wanted} workers",
+        actual=f"{len(census.pids)}",
+    )
+
+
 def _threads(census: Census, cell: Cell, told: int) -> Check:
     wanted = told if cell.runtime.threads is None else cell.runtime.threads
     return Check(
@@ -123,6 +136,7 @@ def observed(census: Census, cell: Cell, dtype: str) -> dict[str, Any]:
         "attn_implementation": census.attention,
         "threads": census.threads,
         "cores": list(census.cores),
+        "tensor_parallel_size": len(census.pids),
         "fused_layers": True,  # one `qkv_proj` is three layers of the checkpoint
         **versions(),
     }

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid.contracts import Generation, Memory, Scores
-from qgrid.runtimes import _vllm_census, _vllm_checks
+from qgrid.contracts import Generation, Memory, Scores, Unsupported
+from qgrid.runtimes import _vllm_census, _vllm_checks, _vllm_worker
 from qgrid.runtimes import _vllm_settings as settings
 from qgrid.runtimes._vllm_scoring import Scorer
+from qgrid.runtimes._vllm_taps import Taps, WorkerTaps
 
 if TYPE_CHECKING:
+    from qgrid.runtimes._vllm_census import Census
+    from qgrid.runtimes._vllm_taps import Rows
     from qgrid.types import Cell, Check
 
+_SHARED = Path("/dev/shm")  # noqa: S108 - vLLM's choice
 _alive: set[int] = set()  # engines of this process that are not closed
 _meetings: set[Path] = set()  # files by which vLLM's processes would find each other
 
@@ -28,14 +34,26 @@ class Vllm:
     def __init__(self, artifact: Path, cell: Cell, dtype: str) -> None:
         self._cell = cell
         self._dtype = dtype
-        self._engine = _started(settings.engine_arguments(artifact, cell, dtype))
-        worker = self._engine.model_executor.driver_worker.worker
-        _meetings.add(Path(worker.distributed_init_method.removeprefix("file://")))
-        runner = worker.model_runner
-        self.positions = int(runner.model_config.max_model_len)
-        self._scorer = Scorer(self._engine, runner)
-        self._census = _vllm_census.take(runner)
+        parts = settings.parallel(cell)
+        arguments = settings.engine_arguments(artifact, cell, dtype)
+        self._sockets: Path | None = None
+        if parts > 1:
+            arguments["worker_cls"] = f"{_vllm_worker.__name__}.Worker"
+            self._sockets = Path(tempfile.mkdtemp(prefix="qgrid-vllm-"))
+            os.environ["VLLM_RPC_BASE_PATH"] = str(self._sockets)  # vLLM removes none of them
+        try:
+            self._engine = _started(arguments)
+        except BaseException:
+            self._remove_sockets()
+            raise
+        self.positions = int(self._engine.model_config.max_model_len)
+        taps, self._census = _several(self._engine) if parts > 1 else _single(self._engine)
+        self._scorer = Scorer(self._engine, taps)
         _alive.add(id(self))
+        told = settings.too_small(artifact, cell, self.positions)
+        if told is not None:
+            self.close()
+            raise Unsupported(told)
 
     def score(
         self, sequences: Sequence[Sequence[int]], keep: Sequence[int], prefix: Sequence[int] = ()
@@ -93,10 +111,15 @@ class Vllm:
         _end(self._engine.engine_core, alone=not _alive)
         del self._scorer, self._engine
         gc.collect()
+        self._remove_sockets()
         if self._cell.gpu.kind == "cuda":
             import torch
 
             torch.cuda.empty_cache()
+
+    def _remove_sockets(self) -> None:
+        if self._sockets is not None:
+            shutil.rmtree(self._sockets, ignore_errors=True)
 
 
 @dataclass
@@ -120,6 +143,8 @@ def prepare(cell: Cell) -> None:
     """Set up this process for engines of `cell`, before vLLM is imported."""
     os.environ.update(settings.environment(cell))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the default on a GPU; states are taken from V1's
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # this process may have touched a GPU
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if cell.gpu.kind == "cpu":
         import torch
@@ -135,12 +160,35 @@ def _started(arguments: Mapping[str, Any]) -> Any:
     return LLMEngine.from_engine_args(EngineArgs(**arguments))
 
 
+def _single(engine: Any) -> tuple[Rows, Census]:
+    """States and census of a model in this process."""
+    worker = engine.model_executor.driver_worker.worker
+    _remember(worker.distributed_init_method)
+    return Taps(worker.model_runner), _vllm_census.take(worker.model_runner)
+
+
+def _several(engine: Any) -> tuple[Rows, Census]:
+    """States and census of a model in workers: their executor is in this process."""
+    executor = engine.engine_core.engine_core.model_executor
+    found = executor.collective_rpc("census")
+    _remember(found[0][1])
+    return WorkerTaps(executor), _vllm_census.joined([census for census, _ in found])
+
+
+def _remember(meeting: str) -> None:
+    if meeting.startswith("file://"):
+        _meetings.add(Path(meeting.removeprefix("file://")))
+
+
 def _end(client: Any, alone: bool) -> None:
     """vLLM's own shutdown ends what all engines of a process share: for the last one only."""
     if alone:
         client.shutdown()
         while _meetings:
-            _meetings.pop().unlink(missing_ok=True)
+            meeting = _meetings.pop()
+            meeting.unlink(missing_ok=True)
+            for segment in _SHARED.glob(f"{meeting.name}-*"):  # of workers on a CPU
+                segment.unlink(missing_ok=True)
         return
     client._finalizer.detach()
     core = client.engine_core

@@ -32,9 +32,10 @@ _FP8_CAPABILITY = 75  # below it not even the kernel that unpacks weights runs
 _AMX = "amx_tile"
 _REFUSED = re.compile(
     r"Failed to find a kernel|not supported|not implemented|no longer supported"
-    r"|Unsupported quantization|does not support",
+    r"|Unsupported quantization|does not support|must be divisible by tensor parallel size",
     re.IGNORECASE,
 )
+_SMALL_POOL = re.compile(r"KV cache is needed|memory for the cache blocks|Cannot auto-fit")
 
 
 def refused_dtype(cell: Cell, format_: str) -> str | None:
@@ -169,9 +170,17 @@ def _has_amx() -> bool:
     return _AMX in device.cpu_fields().get("flags", "").split()
 
 
-def is_refusal(message: str) -> bool:
-    """Whether an error of vLLM's says that it has nothing for such weights."""
-    return _REFUSED.search(message) is not None
+def refused(message: str) -> str | None:
+    """What an error of vLLM's means, in one line: nothing for such weights, or too little room."""
+    told = " ".join(message.split()).partition(" [type=")[0]  # pydantic shows all arguments there
+    if _SMALL_POOL.search(told):
+        return (
+            "the KV pool is too small for one request; raise `runtime.kv_cache_gib` (on a GPU's "
+            f"server `runtime.gpu_memory_utilization`), or ask for shorter ones: {told}"
+        )
+    if _REFUSED.search(told):
+        return f"vLLM cannot run this checkpoint here: {told}"
+    return None
 
 
 @contextmanager
@@ -179,8 +188,10 @@ def explained() -> Iterator[None]:
     """Turn vLLM's own refusals while loading into `Unsupported`, in one line."""
     try:
         yield
+    except Unsupported:  # explained already
+        raise
     except (ValueError, NotImplementedError) as error:
-        if not is_refusal(str(error)):
+        told = refused(str(error))
+        if told is None:
             raise
-        told = " ".join(str(error).split())
-        raise Unsupported(f"vLLM cannot run this checkpoint here: {told}") from error
+        raise Unsupported(told) from error

@@ -23,7 +23,7 @@ from qgrid import codec
 from qgrid.contracts import Endpoint, Memory, Unsupported
 from qgrid.runtimes import _vllm_checks, _vllm_formats, _vllm_server, _vllm_worker
 from qgrid.runtimes import _vllm_settings as settings
-from qgrid.runtimes._vllm_census import Census
+from qgrid.runtimes._vllm_census import Census, joined
 
 if TYPE_CHECKING:
     from qgrid.types import Cell, Check
@@ -50,8 +50,8 @@ class VllmServer:
     def __init__(self, artifact: Path, cell: Cell, dtype: str) -> None:
         self._cell = cell
         self._dtype = dtype
-        self._folder = Path(tempfile.mkdtemp(prefix="qgrid-vllm-"))
-        port = _free_port()
+        self._port = reserved_port()
+        port = self._port.getsockname()[1]
         arguments = settings.server_arguments(artifact, cell, dtype) | {
             "host": _HOST,
             "port": port,
@@ -66,14 +66,14 @@ class VllmServer:
             f"{base}/v1", _NAME, extra={"ignore_eos": True}, metrics=f"{base}/metrics", own=True
         )
         begin = time.perf_counter()
+        self._folder = Path(tempfile.mkdtemp(prefix="qgrid-vllm-"))
         self._process = self._start(settings.command_line(arguments))
         try:
             self._wait(f"{base}/health", begin + START_SECONDS)
-            text = (self._folder / "census.json").read_text(encoding="utf-8")
+            self._census = self._read_census()
         except BaseException:
             self.close()
             raise
-        self._census = codec.loads(Census, text)
         self._start_seconds = time.perf_counter() - begin
 
     def prompt(self, ids: Sequence[int]) -> list[int]:
@@ -122,6 +122,7 @@ class VllmServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        self._port.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -141,12 +142,20 @@ class VllmServer:
         found["VLLM_LOGGING_LEVEL"] = "INFO"
         found[_vllm_server.FOLDER] = str(self._folder)
         found["TMPDIR"] = str(self._folder)
-        found[_vllm_worker.CENSUS] = str(self._folder / "census.json")
+        found[_vllm_worker.CENSUS] = str(self._folder)
         root = str(Path(qgrid.__file__).parents[1])
         found["PYTHONPATH"] = os.pathsep.join(filter(None, (root, found.get("PYTHONPATH"))))
-        if self._cell.gpu.kind == "cpu":
+        found.pop("VLLM_USE_V2_MODEL_RUNNER", None)
+        found.pop("VLLM_WORKER_MULTIPROC_METHOD", None)
+        if self._cell.gpu.kind == "cpu" and settings.parallel(self._cell) == 1:
             found |= _openmp(settings.cores(self._cell, served=True))
         return found
+
+    def _read_census(self) -> Census:
+        """What all workers wrote before the server answered."""
+        ranks = range(settings.parallel(self._cell))
+        paths = [_vllm_worker.census_path(self._folder, rank) for rank in ranks]
+        return joined([codec.loads(Census, path.read_text(encoding="utf-8")) for path in paths])
 
     def _wait(self, url: str, deadline: float) -> None:
         while not _answers(url):
@@ -160,9 +169,9 @@ class VllmServer:
         log = (self._folder / "log.txt").read_text(errors="replace")
         lines = log.splitlines()
         errors = [" ".join(found.split()) for found in _ERROR.findall(log)]
-        refused = next((line for line in errors if _vllm_formats.is_refusal(line)), None)
+        refused = next(filter(None, map(_vllm_formats.refused, errors)), None)
         if refused is not None:
-            return Unsupported(f"vLLM cannot run this checkpoint here: {refused}")
+            return Unsupported(refused)
         first = errors[0] if errors else (lines[-1] if lines else "it wrote nothing")
         tail = "\n".join(lines[-_TAIL_LINES:])
         return ServerFailed(f"vLLM's server {what}: {first}\n{tail}")
@@ -186,11 +195,11 @@ class VllmServer:
         return own + max(found["RssFile"] for found in sizes)
 
     def _grown_bytes(self) -> int | None:
-        """How far the worker has grown above weights and a touched pool."""
-        sizes = _sizes(self._census.pid)
-        if not sizes or self._census.resident_bytes is None:
+        """How far the workers have grown above weights and a touched pool."""
+        sizes = [_sizes(pid) for pid in self._census.pids]
+        if not all(sizes) or self._census.resident_bytes is None:
             return None
-        return max(0, sizes["VmHWM"] - self._census.resident_bytes)
+        return max(0, sum(size["VmHWM"] for size in sizes) - self._census.resident_bytes)
 
 
 def _openmp(cores: Sequence[int]) -> dict[str, str]:
@@ -221,15 +230,22 @@ def _others(cores: Sequence[int]) -> list[int]:
     return sorted(usable - set(cores)) or sorted(usable)
 
 
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind((_HOST, 0))
-        return int(one.getsockname()[1])
+def reserved_port() -> socket.socket:
+    """A socket whose port nobody is given by chance, until the server, which names it, binds it.
+
+    It never listens, so that connections go to the server alone.
+    """
+    one = socket.socket()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server's own
+    one.bind((_HOST, 0))
+    return one
 
 
 def _answers(url: str) -> bool:
+    """Whether the server is ready; a proxy that the environment names is not asked."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - http, of our own
+        with direct.open(url, timeout=5) as answer:
             return int(answer.status) == 200
     except (urllib.error.URLError, OSError):
         return False

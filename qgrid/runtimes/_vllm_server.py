@@ -23,9 +23,10 @@ from typing import Any
 FOLDER = "QGRID_VLLM_FOLDER"  # variable: the server's own, removed in the end
 CORES = "QGRID_VLLM_CORES"  # variable: processors that the server may use beside OpenMP's threads
 GRACE_SECONDS = 5.0  # to remove its shared memory
-PR_SET_CHILD_SUBREAPER = 36  # of prctl(2)
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 _POLL_SECONDS = 0.02
-_SEGMENT = re.compile(r" (/dev/shm/psm_\w+)$", re.MULTILINE)
+_NOTE_SECONDS = 0.5
+_SEGMENT = re.compile(r" (/dev/shm/(?:psm_|vllm_dist_)\S+)$", re.MULTILINE)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,12 +34,14 @@ def main(arguments: Sequence[str]) -> int:
     _adopt_orphans()
     server = os.fork()
     if server == 0:
+        _end_with_guard()
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         return _serve(arguments)
-    alone = _watch(server)
-    _end(server)
-    if alone and FOLDER in os.environ:  # else the starter reads the log there
+    segments: set[Path] = set()
+    alone = _watch(server, segments)
+    _end(server, segments)
+    if alone:  # else the starter reads the log there
         shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
     os.killpg(os.getpgrp(), signal.SIGKILL)  # the guard too
     return 1
@@ -50,17 +53,31 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _watch(server: int) -> bool:
-    """Wait until the starter lets go (true), or the server ends by itself."""
+def _end_with_guard() -> None:
+    """End this process when the guard is killed; its engine and workers end with it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _watch(server: int, segments: set[Path]) -> bool:
+    """Wait until the starter lets go (true), or the server ends by itself.
+
+    Notes its shared memory while it starts: one that fails in that leaves it behind.
+    """
     with selectors.DefaultSelector() as selector:
         selector.register(0, selectors.EVENT_READ)
         selector.register(os.pidfd_open(server), selectors.EVENT_READ)
-        return 0 in {key.fd for key, _ in selector.select()}
+        while True:
+            started = any(Path(os.environ[FOLDER]).glob("census-*"))
+            ready = selector.select(None if started else _NOTE_SECONDS)
+            if ready:
+                return 0 in {key.fd for key, _ in ready}
+            segments |= _segments()
 
 
-def _end(server: int) -> None:
+def _end(server: int, segments: set[Path]) -> None:
     """Ask the server to end, and wait until all of it has; remove what it leaves behind."""
-    segments = _segments()
+    segments |= _segments()
     with contextlib.suppress(ProcessLookupError):
         os.kill(server, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS

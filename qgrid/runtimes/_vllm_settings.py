@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,9 +73,21 @@ def environment(cell: Cell, served: bool = False) -> dict[str, str]:
         "TORCHDYNAMO_DISABLE": "1" if cell.gpu.kind == "cpu" else "0",
     }
     if cell.gpu.kind == "cpu":
-        own["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores(cell, served)))
+        own["VLLM_CPU_OMP_THREADS_BIND"] = _binding(cores(cell, served), parallel(cell))
         own["VLLM_CPU_INT4_W4A8"] = str(int(options.kernel == W4A8))
     return own
+
+
+def parallel(cell: Cell) -> int:
+    """Processes that the model is split over: one a GPU."""
+    return cell.gpu.count if cell.gpu.kind == "cuda" else 1
+
+
+def _binding(cores: Sequence[int], parts: int) -> str:
+    """Equal shares of the processors, as vLLM reads them."""
+    share = len(cores) // parts
+    shares = (cores[i * share : (i + 1) * share] for i in range(parts))
+    return "|".join(",".join(map(str, each)) for each in shares)
 
 
 def arguments(artifact: Path, cell: Cell, dtype: str) -> dict[str, Any]:
@@ -88,8 +100,10 @@ def arguments(artifact: Path, cell: Cell, dtype: str) -> dict[str, Any]:
         "trust_remote_code": cell.model.trust_remote_code,
         "generation_config": "vllm",  # greedy, and nothing that the checkpoint adds
         "kv_cache_dtype": KV_TYPES[cell.kv_cache.name],
-        "tensor_parallel_size": cell.gpu.count if cell.gpu.kind == "cuda" else 1,
+        "tensor_parallel_size": parallel(cell),
     }
+    if parallel(cell) > 1:
+        found["distributed_executor_backend"] = "mp"  # never a cluster's
     if cell.gpu.kind == "cuda" and options.kernel != "auto":
         found["linear_backend"] = options.kernel
     return found
@@ -108,6 +122,7 @@ def engine_arguments(artifact: Path, cell: Cell, dtype: str) -> dict[str, Any]:
         "max_model_len": -1,  # all positions, or what the pool holds
         "max_num_batched_tokens": BATCHED_TOKENS if tokens is None else tokens,
         "max_num_seqs": SEQUENCES if tokens is None else min(SEQUENCES, tokens),
+        "async_scheduling": False,  # a step is over before the next begins
         "kv_cache_memory_bytes": pool_bytes(artifact, cell, dtype),
     }
 
@@ -148,11 +163,25 @@ def pool_bytes(artifact: Path, cell: Cell, dtype: str) -> int:
         return int(options.kv_cache_gib * GIB)
     sizes = models.architecture(artifact)
     wide = 1 if cell.kv_cache.name == "fp8" else 4 if dtype == "float32" else 2
-    token = 2 * sizes["layers"] * sizes["kv_heads"] * sizes["head_dim"] * wide
+    heads = max(1, sizes["kv_heads"] // parallel(cell))
+    token = 2 * sizes["layers"] * heads * sizes["head_dim"] * wide
     users = max(cell.workload.concurrency, default=1)
     request = cell.workload.prompt_tokens + cell.workload.output_tokens
     need = _ROOM * token * max(cell.context, users * request)
     return max(_LEAST_POOL[cell.gpu.kind], int(need))
+
+
+def too_small(artifact: Path, cell: Cell, positions: int) -> str | None:
+    """Why a pool that holds one sequence of `positions` tokens is not enough for the cell."""
+    wanted = cell.context
+    known = models.architecture(artifact)["positions"]
+    if positions >= (wanted if known is None else min(wanted, known)):
+        return None
+    given = Options(**cell.runtime.options).kv_cache_gib
+    return (
+        f"the KV pool holds {positions} tokens, fewer than `context={wanted}`; raise "
+        f"`runtime.kv_cache_gib` ({'null' if given is None else f'{given:g}'} now)"
+    )
 
 
 def command_line(values: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""vLLM's own worker, which writes a census of its model once it is ready.
+"""vLLM's own worker, which tells a census of its model and keeps states of prompts.
 
 vLLM asks for the class by name (`worker_cls`) in the process that holds the model; it is made then,
 because what it extends depends on the device.
@@ -14,8 +14,10 @@ from typing import Any
 from qgrid import codec, files
 from qgrid.measure.process_memory import resident_bytes
 from qgrid.runtimes import _vllm_census
+from qgrid.runtimes._vllm_census import Census
+from qgrid.runtimes._vllm_taps import Taps
 
-CENSUS = "QGRID_VLLM_CENSUS"  # variable: the file that receives the census
+CENSUS = "QGRID_VLLM_CENSUS"  # variable: the folder that receives the census of every worker
 MAIN_CORE = "QGRID_VLLM_MAIN_CORE"  # variable: where OpenMP's first thread belongs
 
 
@@ -40,18 +42,34 @@ def __getattr__(name: str) -> Any:
         def compile_or_warm_up_model(self) -> Any:
             """As vLLM's; everything is loaded and set aside after it."""
             times = super().compile_or_warm_up_model()
-            if self.rank == 0:
-                _write(self)
+            if CENSUS in os.environ:
+                text = codec.dumps(_weighed(self))
+                files.write_atomic(census_path(Path(os.environ[CENSUS]), self.rank), text)
             return times
+
+        def census(self) -> tuple[Census, str]:
+            """What is loaded here, and where the workers found each other."""
+            return _vllm_census.take(self.model_runner), str(self.distributed_init_method)
+
+        def tap(self, name: str, *arguments: Any) -> Any:
+            """Call a method of this worker's `Taps`."""
+            if not hasattr(self, "_taps"):
+                self._taps = Taps(self.model_runner)
+            found = getattr(self._taps, name)(*arguments)
+            return found.cpu().numpy() if hasattr(found, "cpu") else found
 
     return Worker
 
 
-def _write(worker: Any) -> None:
+def census_path(folder: Path, rank: int) -> Path:
+    """Where a worker writes its census."""
+    return folder / f"census-{rank}.json"
+
+
+def _weighed(worker: Any) -> Census:
     census = _vllm_census.take(worker.model_runner)
     weighed: Any = _cuda_bytes(worker) if worker.device.type == "cuda" else _cpu_bytes(worker)
-    census = dataclasses.replace(census, **weighed)
-    files.write_atomic(Path(os.environ[CENSUS]), codec.dumps(census))
+    return dataclasses.replace(census, **weighed)
 
 
 def _cuda_bytes(worker: Any) -> dict[str, int]:

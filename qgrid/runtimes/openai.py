@@ -51,8 +51,8 @@ class Options:
 
     def key(self) -> str | None:
         """The key from the environment; None where there is none."""
-        found = None if self.api_key_env is None else os.environ.get(self.api_key_env)
-        return found or None  # an empty variable holds no key
+        found = None if self.api_key_env is None else os.environ.get(self.api_key_env, "").strip()
+        return found or None  # an empty variable holds no key; one from a file ends in a line break
 
 
 def options_of(cell: Cell) -> Options:
@@ -79,7 +79,11 @@ def refusal(cell: Cell) -> str | None:
 
 def _fault(url: str) -> str | None:
     """What is wrong with an address; the address itself may hold a secret and is not told."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return "is no http or https address"
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         return "is no http or https address"
     if parts.username is not None or parts.password is not None:

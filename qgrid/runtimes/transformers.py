@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qgrid import gptq_kernels, models, registry
-from qgrid.contracts import Generation, InvalidEngine, Memory, Scores, Unsupported
-from qgrid.device import compute_threads
-from qgrid.runtimes import _linear_kernels, _storage
+from qgrid import gptq_kernels, registry
+from qgrid.contracts import Generation, Memory, Scores
+from qgrid.runtimes import _checkpoint_model, _linear_kernels, _storage
 from qgrid.runtimes._scoring import Scorer, slides
 from qgrid.types import RuntimeSupport
 
@@ -116,9 +113,8 @@ class Transformers:
         import torch
 
         now = _storage.histogram(self._model)
-        layers = _linear_kernels.kernels(self._model, self._dtype)
         return {
-            **_linear_kernels.facts(layers, self._dtype, self._device.type),
+            **_linear_kernels.facts(self._model, self._dtype, self._device.type),
             "device": _device_name(self._device),
             "device_kind": self._device.type,
             "kernels": dict(self.kernels()),
@@ -162,118 +158,13 @@ def load(artifact: Path, cell: Cell, dtype: str) -> Transformers:
         InvalidEngine: the device or the storage of the weights is not what the cell says.
         Unsupported: the library does not have the kernel for these weights.
     """
-    import torch
-    from transformers import GenerationConfig
-
     options = Options(**cell.runtime.options)
-    _quiet()
-    _require_device(cell)
-    if cell.gpu.kind == "cpu":
-        torch.set_num_threads(compute_threads(cell.runtime.threads))
-    model = _model(artifact, cell, dtype, options)
-    _require_attention(model.config, options)
-    model.generation_config = GenerationConfig()  # greedy, and nothing that the checkpoint adds
-    arrived = _storage.arrived(model, _checkpoint_dtype(artifact))
-    require_storage(arrived, cell)
-    _compute_in(model, dtype)
+    model, arrived = _checkpoint_model.load(artifact, cell, dtype, options)
     return Transformers(model, dtype, arrived, options)
-
-
-def _model(artifact: Path, cell: Cell, dtype: str, options: Options) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    arguments = {
-        "dtype": getattr(torch, dtype),
-        "attn_implementation": options.attn_implementation,
-        "device_map": {"": "cuda:0" if cell.gpu.kind == "cuda" else "cpu"},
-        "local_files_only": True,
-        **models.load_options(cell.model),
-        **gptq_kernels.asked(artifact, options.kernel, dtype),
-    }
-    try:
-        return AutoModelForCausalLM.from_pretrained(artifact, **arguments).eval()
-    except (ValueError, ImportError, NotImplementedError) as error:
-        if options.kernel == gptq_kernels.AUTO:
-            raise
-        first = str(error).strip().partition("\n")[0]
-        raise Unsupported(
-            f"`runtime.kernel={options.kernel}` cannot be had for these weights here: {first}"
-        ) from error
-
-
-def require_storage(arrived: Mapping[_storage.Stored, int], cell: Cell) -> None:
-    """Compare how the linears arrived with what the cell asks for.
-
-    Raises:
-        InvalidEngine: a quantized cell without quantized linears, another width, or the reverse.
-    """
-    quantized = {each: count for each, count in arrived.items() if 0 < each.bits < 16}
-    seen = ", ".join(f"{count} x {each.format}" for each, count in arrived.items())
-    if cell.bits >= 16 and quantized:
-        raise InvalidEngine(f"16-bit weights were asked for, but the engine holds {seen}")
-    if cell.bits < 16 and not any(each.bits == cell.bits for each in quantized):
-        raise InvalidEngine(
-            f"method `{cell.method.name}` with `bits={cell.bits}` was asked for, "
-            f"but the engine holds {seen}"
-        )
 
 
 def _narrowest(found: Mapping[_storage.Stored, int]) -> int:
     return min((each.bits for each in found), default=16)  # GPT-2 has no linears, but Conv1D
-
-
-def _checkpoint_dtype(artifact: Path) -> str | None:
-    """The dtype in which the files hold what is not quantized."""
-    config = json.loads((artifact / "config.json").read_text())
-    parts = (config.get("text_config", {}), config)
-    named = (part.get(key) for part in parts for key in ("dtype", "torch_dtype"))
-    return next((str(each) for each in named if each is not None), None)
-
-
-def _quiet() -> None:
-    """Silence what libraries print at every load or at every layer of every forward pass."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-
-
-def _require_device(cell: Cell) -> None:
-    import torch
-
-    if cell.gpu.kind == "cuda" and not torch.cuda.is_available():
-        raise InvalidEngine(f"`gpu={cell.gpu.name}` is a CUDA device, but torch finds none here")
-
-
-def _compute_in(model: Any, dtype: str) -> None:
-    """Make layers of bitsandbytes and gptqmodel compute in `dtype`.
-
-    The checkpoint's own setting would win otherwise, and with AVX-512 bitsandbytes rounds
-    activations and scales to bf16 on a CPU whatever the dtype: fp32 quality must not pass there.
-    gptqmodel would round scale times code to fp16.
-    """
-    import torch
-
-    module: Any
-    for module in _storage.linears(model).values():
-        if type(module).__name__ == "Linear4bit":
-            module.compute_dtype = getattr(torch, dtype)
-            module.compute_type_is_set = True
-            module.weight.quant_state.dtype = getattr(torch, dtype)  # else unpacked in bf16
-            if dtype == "float32":
-                module.support_avx512bf16_for_cpu = False
-        elif gptq_kernels.is_kernel(module) and gptq_kernels.computes_exactly(module, dtype):
-            module.scales = module.scales.float()
-
-
-def _require_attention(config: Any, options: Options) -> None:
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    if capped and options.attn_implementation == "sdpa":
-        raise InvalidEngine(
-            "the model caps its attention logits, which `runtime.attn_implementation=sdpa` leaves "
-            "out; set `runtime.attn_implementation=eager`"
-        )
 
 
 def _probe_cache(model: Any) -> tuple[str, int]:

@@ -53,6 +53,8 @@ def quality_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def load(artifact: Path, cell: Cell, dtype: str) -> Vllm:
     """Load the checkpoint in `artifact` into this process, computing in `dtype`.
 
+    On several GPUs each holds a part in a worker of its own; the engine is still in this process.
+
     Raises:
         InvalidEngine: the device is not what the cell says.
         Unsupported: vLLM has no kernel for how the checkpoint is stored.
@@ -60,11 +62,6 @@ def load(artifact: Path, cell: Cell, dtype: str) -> Vllm:
     from qgrid.runtimes import _vllm_engine
 
     _require(artifact, cell)
-    if cell.gpu.kind == "cuda" and cell.gpu.count > 1:
-        raise Unsupported(
-            f"`gpu.count={cell.gpu.count}` puts vLLM's model into processes of its own, where full "
-            "log-probabilities cannot be had; measure quality on one GPU"
-        )
     _vllm_engine.prepare(cell)
     with formats.explained():
         return _vllm_engine.Vllm(artifact, cell, dtype)

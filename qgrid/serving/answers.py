@@ -11,6 +11,8 @@ from qgrid.serving.failures import RequestFailed
 if TYPE_CHECKING:
     from qgrid.serving.transport import Chunk
 
+_MOST_TOKENS = 2**31  # of one request: more is no count
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -23,7 +25,10 @@ class Answer:
 
 
 def read(chunks: Sequence[Chunk]) -> Answer:
-    """Every chunk with a choice is an arrival, but for a last one that only says why it ended.
+    """Every chunk with a choice is an arrival.
+
+    But for a last one that only says why it ended, and for an empty first one where the server
+    counts fewer tokens than that: some open their answers so.
 
     Raises:
         RequestFailed: a chunk is no JSON object, or there is no token at all.
@@ -34,6 +39,8 @@ def read(chunks: Sequence[Chunk]) -> Answer:
     output = _count(usage, "completion_tokens")
     if arrivals and _is_farewell(arrivals[-1][1], len(arrivals), output):
         arrivals.pop()
+    if output is not None and len(arrivals) > max(output, 1) and not _text(arrivals[0][1]):
+        arrivals.pop(0)
     if not arrivals or output == 0:
         where = chunks[0].where if chunks else "the request"
         raise RequestFailed("garbage", f"{where}: the answer holds no token")
@@ -55,9 +62,13 @@ def _choice(data: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _is_farewell(choice: Mapping[str, Any] | None, arrivals: int, output: int | None) -> bool:
     """No text and a reason to end: no token, unless the server counted one for each arrival."""
-    if choice is None or choice.get("text") or not choice.get("finish_reason"):
+    if choice is None or _text(choice) or not choice.get("finish_reason"):
         return False
     return output is None or arrivals > output
+
+
+def _text(choice: Mapping[str, Any] | None) -> Any:
+    return None if choice is None else choice.get("text")
 
 
 def _usage(said: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -71,4 +82,4 @@ def _usage(said: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def _count(usage: Mapping[str, Any], key: str) -> int | None:
     value = usage.get(key)
-    return value if isinstance(value, int) and value >= 0 else None
+    return value if type(value) is int and 0 <= value < _MOST_TOKENS else None

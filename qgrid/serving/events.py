@@ -61,4 +61,4 @@ def _require_field(line: bytes) -> None:
     """A comment, or a field that says nothing to us."""
     name = line.rstrip(b"\r").partition(b":")[0]
     if name and name not in (*_FIELDS, b"data"):
-        raise NotEvents(f"the line {line[:60].decode(errors='replace')!r}")
+        raise NotEvents(f"the line {line[:4096].decode(errors='replace')!r}")

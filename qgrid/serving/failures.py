@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -13,6 +14,7 @@ from qgrid import redact
 Kind = Literal["status", "timeout", "reset", "garbage", "refused"]
 
 RETRYABLE_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # of a character, perhaps without the other one
 _MOST_TEXT = 300  # characters of a server's own words in a message
 
 
@@ -101,11 +103,21 @@ def clean(text: str, key: str | None) -> str:
     return line if len(line) <= _MOST_TEXT else line[:_MOST_TEXT] + " ..."
 
 
+def loaded(raw: bytes) -> Any:
+    """What JSON says, in characters that UTF-8 has; None where it is none, or nests endlessly."""
+    try:
+        found = json.loads(raw)
+        if _HALF.search(raw):
+            found = json.loads(json.dumps(found, ensure_ascii=False).encode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    return found
+
+
 def _said(body: bytes) -> str:
     """The message of an error answer, or its first words where it is no JSON."""
-    try:
-        answer = json.loads(body)
-    except ValueError:
+    answer = loaded(body)
+    if answer is None:
         return body.decode(errors="replace")
     return _words(answer.get("error", answer) if isinstance(answer, Mapping) else answer)
 

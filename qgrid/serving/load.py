@@ -70,10 +70,11 @@ def timed(driver: Driver, workload: Workload, vocabulary: Sequence[int], seed: i
                 _require_lengths(samples, workload.output_tokens)
             all_failed = all(each.error is not None for each in samples)
             failed[name] = failed.get(name, 0) + 1 if all_failed else 0
-            if run.repeat >= 0:
+            given_up = failed[name] == GIVEN_UP
+            if run.repeat >= 0 or given_up:  # nothing else would tell of one that never worked
                 result.samples += samples
                 result.averages.append(average)
-            if failed[name] == GIVEN_UP:
+            if given_up:
                 result.given_up.append(name)
                 _require_served(result.samples, samples, run)
     return result

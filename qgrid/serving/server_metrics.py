@@ -54,7 +54,7 @@ def parsed(text: str) -> dict[str, float]:
         key = next(key for key, names in _NAMES.items() if name in names)
         with suppress(ValueError):
             value = float(number)
-            if not math.isnan(value):
+            if math.isfinite(value):
                 known = found.get(key, 0.0)
                 found[key] = max(known, value) if key == "kv_usage" else known + value
     return found

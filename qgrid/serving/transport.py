@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qgrid import redact
 from qgrid.serving.connection import headers, named, session, within
 from qgrid.serving.events import Events, NotEvents
-from qgrid.serving.failures import RequestFailed, clean, complaint, refusal
+from qgrid.serving.failures import RequestFailed, clean, complaint, loaded, refusal
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
@@ -29,6 +29,7 @@ __all__ = ["Chunk", "RequestFailed", "get", "post", "session", "stream", "text"]
 MOST_BODY = 512 * 2**20  # bytes of one JSON answer; those with many log-probabilities are long
 MOST_STREAM = 256 * 2**20  # bytes of one stream
 _MOST_ERROR = 64 * 2**10
+_MOST_SHOWN = 2**12  # bytes that a message is cut from: more than it shows, so no half of a key
 _FAREWELL_SECONDS = 1.0  # for a server to end a stream after saying that it is done
 _DONE = b"[DONE]"
 
@@ -40,6 +41,7 @@ class Chunk:
     moment: float
     raw: bytes = field(repr=False)
     where: str = field(default="", repr=False)
+    key: str | None = field(default=None, repr=False)  # never to be told
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -48,7 +50,7 @@ class Chunk:
         Raises:
             RequestFailed: it is no JSON object.
         """
-        return _object(self.where, self.raw)
+        return _object(self.where, self.raw, self.key)
 
 
 async def post(
@@ -118,12 +120,12 @@ async def stream(  # noqa: PLR0913, PLR0917 - one request is that many facts
             await _require_stream(response, endpoint, until, where)
             last: list[Chunk] = []
             done = False
-            async for moment, data in _arrivals(response, until, stall, where):
+            async for moment, data in _arrivals(response, endpoint.key, until, stall, where):
                 if data == _DONE:
                     done = True
                     break
-                chunk = Chunk(moment, data, where)
-                _require_no_complaint(chunk, endpoint.key)
+                chunk = Chunk(moment, data, where, endpoint.key)
+                _require_no_complaint(chunk)
                 last = [*last[-1:], chunk]
                 yield chunk
             if not done:
@@ -135,7 +137,7 @@ async def stream(  # noqa: PLR0913, PLR0917 - one request is that many facts
 
 
 async def _arrivals(
-    response: ClientResponse, until: float, stall: float | None, where: str
+    response: ClientResponse, key: str | None, until: float, stall: float | None, where: str
 ) -> AsyncIterator[tuple[float, bytes]]:
     """Moment and data of every event."""
     events, size, begun = Events(), 0, False
@@ -154,16 +156,23 @@ async def _arrivals(
             if not piece:
                 return
     except NotEvents as error:
-        raise RequestFailed("garbage", f"{where}: the stream holds {error}") from None
+        raise RequestFailed(
+            "garbage", f"{where}: the stream holds {clean(str(error), key)}"
+        ) from None
 
 
 async def _farewell(response: ClientResponse) -> None:
-    """Read to the end of the answer, so that its connection can be used again."""
+    """Read to the end of the answer, so that its connection can be used again.
+
+    All tokens are there: how the connection ends is no failure of theirs.
+    """
+    import aiohttp
+
     try:
         async with asyncio.timeout(_FAREWELL_SECONDS):
             while not response.content.at_eof():
                 await response.content.readany()
-    except TimeoutError:
+    except (TimeoutError, aiohttp.ClientError, ConnectionError):
         response.close()
 
 
@@ -180,7 +189,7 @@ async def _answer(  # noqa: PLR0913, PLR0917 - one request is that many facts
     with named(where, endpoint.key):
         response = await within(_send(session, endpoint, method, path, body), until, where)
         async with response:
-            answer = _object(where, await _body(response, endpoint, until, where))
+            answer = _object(where, await _body(response, endpoint, until, where), endpoint.key)
     failure = complaint(where, answer, endpoint.key)
     if failure is not None:
         raise failure
@@ -242,7 +251,7 @@ async def _require_stream(
         return
     body = await within(_read(response, _MOST_ERROR), until, where)
     if response.content_type == "application/json":
-        failure = complaint(where, _object(where, body), endpoint.key)
+        failure = complaint(where, _object(where, body, endpoint.key), endpoint.key)
         if failure is not None:
             raise failure
     raise RequestFailed(
@@ -253,10 +262,10 @@ async def _require_stream(
     )
 
 
-def _require_no_complaint(chunk: Chunk, key: str | None) -> None:
+def _require_no_complaint(chunk: Chunk) -> None:
     """A cheap look first: parsing while others are timed would delay them."""
     if b'"error"' in chunk.raw:
-        failure = complaint(chunk.where, chunk.data, key)
+        failure = complaint(chunk.where, chunk.data, chunk.key)
         if failure is not None:
             raise failure
 
@@ -266,19 +275,17 @@ def _require_finished(last: list[Chunk], where: str) -> None:
     if not last:
         raise RequestFailed("garbage", f"{where}: the stream held nothing")
     for chunk in last:
-        choices = chunk.data.get("choices") or ()
-        if any(isinstance(each, dict) and each.get("finish_reason") for each in choices):
+        choices = chunk.data.get("choices")
+        told = choices if isinstance(choices, list) else ()
+        if any(isinstance(each, dict) and each.get("finish_reason") for each in told):
             return
     raise RequestFailed("reset", f"{where}: the stream ended before it was finished")
 
 
-def _object(where: str, raw: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(raw)
-    except ValueError:
-        found = None
+def _object(where: str, raw: bytes, key: str | None) -> dict[str, Any]:
+    found = loaded(raw)
     if not isinstance(found, dict):
-        shown = clean(raw[:200].decode(errors="replace"), None)
+        shown = clean(raw[:_MOST_SHOWN].decode(errors="replace"), key)
         raise RequestFailed("garbage", f"{where}: the answer is no JSON object: {shown!r}")
     return found
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -203,6 +205,34 @@ def test_no_network_is_one_sentence(write: Write, monkeypatch: pytest.MonkeyPatc
 
 def test_a_full_disk_is_one_sentence(write: Write) -> None:
     assert "needs about 1e+09 GiB" in failure(write(gib=1e9))
+
+
+def test_a_disk_that_fills_up_is_one_sentence(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log may be empty then: what is free after the failure tells."""
+    recipe = write(check="raise SystemExit(1)")
+    assert "does not work: it says nothing" in failure(recipe)
+    monkeypatch.setattr(construct, "FULL_BYTES", 2**60)
+    sentence = failure(recipe)
+    assert f"no space left in {builds.home()} or {tempfile.gettempdir()}; make room" in sentence
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "qgrid.json")
+
+    recipe = write()
+    monkeypatch.setattr(builds, "mark", full)
+    assert "No space left on device: 'qgrid.json'" in failure(recipe)
+
+
+def test_a_sentence_holds_no_password_of_an_index(write: Write) -> None:
+    code = "raise SystemExit('ERROR: 403 of https://user:pass-word@index.example/simple')"
+    sentence = failure(write(check=code))
+    assert "403 of https://[redacted]@index.example" in sentence
 
 
 def test_another_python_is_one_sentence(write: Write) -> None:

@@ -103,10 +103,33 @@ def test_a_user_s_variable_wins_over_the_recipe_s(
     built: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QGRID_SMALL", "of the user")
-    monkeypatch.setenv("PYTHONPATH", "/of/the/user")
     own = interpreters.variables(NAME, tmp_path, KIND)
     assert own["QGRID_SMALL"] == "of the user"
-    assert own["PYTHONPATH"] == f"{tmp_path}{os.pathsep}/of/the/user"
+
+
+def test_packages_on_the_user_s_python_path_are_not_those_of_another_environment(
+    built: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    (other / "qgrid_small-9.9.dist-info").mkdir(parents=True)
+    (other / "qgrid_small-9.9.dist-info" / "METADATA").write_text("Name: qgrid-small\nVersion: 9.9")
+    (other / "qgrid_small.py").write_text("VERSION = '9.9'\n")
+    monkeypatch.setenv("PYTHONPATH", str(other))
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    code = (
+        "import importlib.metadata as found, qgrid, qgrid_small; "
+        "print(qgrid_small.VERSION, found.version('qgrid-small'))"
+    )
+    done = subprocess.run(
+        [str(built.interpreter), "-c", code],
+        env=interpreters.variables(NAME, shown, KIND),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["1.0", "1.0"]
+    assert str(other) in interpreters.variables("main", None)["PYTHONPATH"]
 
 
 def test_what_a_worker_was_shown_is_removed_and_qgrid_is_not(built: Build, tmp_path: Path) -> None:

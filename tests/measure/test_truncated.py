@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +62,14 @@ def test_shorter_lists_bound_it_from_below_and_rise_towards_it(moved: float) -> 
     means = [each.mean() for each in found]
     assert means == sorted(means)
     assert 0.02 < means[2] / full.mean() < means[3] / full.mean() < 1.0
+
+
+def test_it_stays_a_bound_where_the_lists_leave_next_to_nothing() -> None:
+    base, cell = (torch.log_softmax(each, 1) for each in (logits(0, 30.0), logits(0, 27.0)))
+    full = (base.exp() * (base - cell)).sum(1).numpy()
+    for k in (1, 2, 5):
+        found = truncated.divergence(*listed(base, k), *listed(cell, k))
+        assert (found <= full + 1e-12).all()
 
 
 def test_it_is_the_divergence_of_the_partition() -> None:
@@ -255,6 +264,21 @@ def test_windows_that_one_of_two_did_not_answer_are_in_neither(
     tokens = truncated.paired(one, other)
     assert tokens.nll.shape == (18, 19)
     assert np.array_equal(tokens.nll, tokens.base_nll)
+
+
+def test_a_window_that_the_baseline_did_not_answer_is_told(
+    job: Job,
+    moved: runtime.Transformers,
+    engine: runtime.Transformers,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(truncated, "MOST_FAILED", 0.5)
+    turns = itertools.count()
+    base = Top(engine, 5, lambda _: next(turns) == 1)
+    found, result = measured(job, Top(moved, 5, never), base, monkeypatch)
+    assert result.observed["failed_windows"] == {1: "silence"}
+    scored = job.planned.cell.context - 1
+    assert found["ppl", None].n == (result.observed["windows"] - 1) * scored
 
 
 def test_without_log_probabilities_only_replies_are_measured(

@@ -115,6 +115,12 @@ def test_items_without_an_answer_are_told(sweep: Sweep, make_number: Number) -> 
     (told,) = about(sweep.measured("nf4", 4, some), "no answer")
     assert told.startswith("nf4 at 4 bits: 4 of 100 items of `code` got no answer")
     assert not about(sweep.measured("nf4", 4, none), "no answer")
+    windows = sweep.observing("nf4", 4, windows=32, failed_windows={"3": "silence", "9": "silence"})
+    (told,) = about(windows, "no answer")
+    assert told.startswith("nf4 at 4 bits: 2 of 32 windows of prose")
+    alone = sweep.observing("nf4", 4, left_out_of_baseline={"prose": "no log-probabilities"})
+    (told,) = about(alone, "left out")
+    assert told == "nf4 at 4 bits: prose of the baseline was left out: no log-probabilities."
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,12 @@ def test_no_line_of_a_table_is_wider_than_the_terminal(sweep: Sweep, width: int)
     assert len(re.findall(r"^ awq +4 ", text, re.MULTILINE)) == text.count("method  bits")
 
 
+def test_a_terminal_narrower_than_a_column_shows_all_the_same(sweep: Sweep) -> None:
+    built = sheet.build(sweep.planned, sweep.records)
+    shown_columns = [i for part in screen.layout(built, 20) for i in part]
+    assert sorted(set(shown_columns)) == list(range(len(built.columns)))
+
+
 def test_width_decides_the_number_of_tables(sweep: Sweep) -> None:
     built = sheet.build(sweep.planned, sweep.records)
     assert [len(screen.layout(built, width)) for width in (300, 150)] == [1, 2]

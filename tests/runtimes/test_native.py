@@ -29,20 +29,21 @@ def made(
     tiny_random: Path, make_cell: Callable[..., Cell], tmp_path_factory: pytest.TempPathFactory
 ) -> Made:
     """A native checkpoint of the random model, made once: `made("gptq", 4)`."""
-    known: dict[tuple[str, int], tuple[Path, Cell]] = {}
+    known: dict[tuple[Any, ...], tuple[Path, Cell]] = {}
 
-    def run(method: str, bits: int) -> tuple[Path, Cell]:
-        if (method, bits) not in known:
+    def run(method: str, bits: int, **changes: Any) -> tuple[Path, Cell]:
+        key = method, bits, *changes.items()
+        if key not in known:
             folder = tmp_path_factory.mktemp(method)
             cell = make_cell(
                 model=Model("random", str(tiny_random), None, False, False),
-                method=Method(method, jobs.options(method, format=method)),
+                method=Method(method, jobs.options(method, format=method, **changes)),
                 bits=bits,
                 calibration=jobs.calibration(jobs.texts(tmp_path_factory.mktemp("texts"))),
             )
             registry.method(method).quantize(cell, tiny_random, folder)
-            known[method, bits] = folder, cell
-        return known[method, bits]
+            known[key] = folder, cell
+        return known[key]
 
     return run
 
@@ -207,10 +208,54 @@ def test_what_the_library_refuses_while_loading_is_unsupported(made: Made) -> No
         runtime.load(folder, asking(cell, "torch_aten"), "bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("changes", "kernel", "message"),
+    [
+        ({"group_size": 16}, "torch_aten", r"groups of 16 .has: 32, 64, 128, 256"),
+        ({"group_size": 16}, "torch_fused", r"groups of 16 .has: 32, 64, 128, 256"),
+        ({"group_size": None}, "torch_fused", "groups of a row"),
+        ({"symmetric": False}, "torch_fused", "zero points of `gptq`: it takes all for zero"),
+    ],
+)
+def test_a_kernel_that_fails_or_computes_something_else_is_unsupported(
+    changes: dict[str, Any], kernel: str, message: str, made: Made
+) -> None:
+    """Without this they raise in the first pass, and the last one has a KL divergence of 1.5."""
+    folder, cell = made("gptq", 4, **changes)
+    with pytest.raises(
+        Unsupported, match=f"`runtime.kernel={kernel}` does not multiply .*{message}"
+    ):
+        runtime.load(folder, asking(cell, kernel), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel", "others"),
+    [
+        ({"group_size": 16}, "torch", "also torch_int8 ("),
+        ({"group_size": None}, "torch", "also torch_int8 ("),
+        ({"symmetric": False}, "torch_aten", None),
+    ],
+)
+def test_the_automatic_kernel_multiplies_every_packing(
+    changes: dict[str, Any], kernel: str, others: str | None, made: Made, tiny_random: Path
+) -> None:
+    folder, cell = made("gptq", 4, **changes)
+    loaded = runtime.load(folder, cell, "bfloat16")
+    ids = some_ids(random.Random(2), 60)
+    assert compared(loaded, dense(folder, tiny_random), ids)[1] < 5e-3
+    seen = loaded.observed()
+    assert seen["kernel"] == kernel
+    assert (others is None) == ("slow_kernel" not in seen)
+    assert others is None or others in seen["slow_kernel"]
+    if "symmetric" in changes:
+        unpacking_it = runtime.load(folder, asking(cell, "torch"), "bfloat16")
+        assert "also torch_aten, torch_int8 (" in unpacking_it.observed()["slow_kernel"]
+
+
 def test_another_kernel_than_asked_is_told(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, cell = made("gptq", 4)
     ask = gptq_kernels.asked
-    monkeypatch.setattr(gptq_kernels, "asked", lambda folder, _, dtype: ask(folder, "torch", dtype))
+    monkeypatch.setattr(gptq_kernels, "asked", lambda one, _, *more: ask(one, "torch", *more))
     loaded = runtime.load(folder, asking(cell, "torch_int8"), "bfloat16")
     (check,) = loaded.checks()
     assert (check.name, check.ok, check.fatal) == ("kernel", False, True)

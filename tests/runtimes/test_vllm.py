@@ -64,6 +64,8 @@ def keeps(sequences: list[Ids], more: int) -> list[int]:
     return keep
 
 
+# GiB of the KV pool: a block of 128 tokens takes 0.0003; the context is 300 tokens.
+SMALL_POOLS = {"no_block": 0.0001, "short": 0.0007}
 PREFIXES = (1, 2, 70, 300)  # the last is longer than a block of the cache
 
 
@@ -136,6 +138,10 @@ def answers(
         ),
         *(task(name, "refused", name) for name in REFUSED),
         task("rtn4_32", "refused", "rtn4", "float32"),
+        *(
+            task(name, "refused", "none", cell=replace_options(made["none"].cell, kv_cache_gib=gib))
+            for name, gib in SMALL_POOLS.items()
+        ),
     ]
     (folder / "tasks.json").write_text(json.dumps(tasks))
     out = folder / "answers.pt"
@@ -373,6 +379,13 @@ def test_what_is_refused_does_not_run(name: str, answers: dict[str, Any], made: 
     assert told.count(". ") == 0
     if name in {"fp8_static", "gptq4_zeros"}:
         assert told == answers[name]["ours"]  # a checkpoint of unknown options, just so
+
+
+@pytest.mark.parametrize("name", SMALL_POOLS)
+def test_a_pool_that_is_too_small_is_unsupported(name: str, answers: dict[str, Any]) -> None:
+    told = answers[name]["ours"]
+    assert told.startswith("the KV pool ")
+    assert "raise `runtime.kv_cache_gib" in told
 
 
 @pytest.mark.parametrize("name", LOADED)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +20,8 @@ from typing import Any
 import pytest
 
 from qgrid import demo
-from qgrid.types import Cell, Runtime
+from qgrid.runtimes import _vllm_process
+from qgrid.types import Cell
 from tests.runtimes import vllm_environment, vllm_models
 from tests.runtimes.passes import plain
 from tests.runtimes.vllm_models import Checkpoint, cell
@@ -100,7 +106,10 @@ def test_nothing_is_left_after_the_end(seen: dict[str, Any]) -> None:
     assert not Path(seen["folder"]).exists()
 
 
-def test_a_killed_starter_takes_the_server_with_it(made: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", ["starter", "guard"])
+def test_what_is_killed_takes_the_server_with_it(
+    killed: str, made: Checkpoint, tmp_path: Path
+) -> None:
     words, variables = vllm_environment.command(PROGRAM)
     stored = vllm_environment.write_cell(tmp_path, "cell", made.cell)
     out = tmp_path / "seen.json"
@@ -113,14 +122,23 @@ def test_a_killed_starter_takes_the_server_with_it(made: Checkpoint, tmp_path: P
             time.sleep(0.1)
         found = json.loads(out.read_text())
         assert members(found["group"])
+        if killed == "guard":
+            os.kill(found["group"], signal.SIGKILL)
+            assert all_ended(found["group"])
     finally:
         starter.send_signal(signal.SIGKILL)
         starter.wait()
-    deadline = time.monotonic() + ENDING_SECONDS
-    while members(found["group"]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert members(found["group"]) == []
+    assert all_ended(found["group"])
+    if killed == "guard":
+        shutil.rmtree(found["folder"])  # the starter would have, at its own end
     assert not Path(found["folder"]).exists()
+
+
+def all_ended(group: int) -> bool:
+    deadline = time.monotonic() + ENDING_SECONDS
+    while members(group) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return members(group) == []
 
 
 def test_a_server_that_cannot_start_says_why(
@@ -136,21 +154,63 @@ def test_a_server_that_cannot_start_says_why(
     assert rest.count("\n") > 5  # the last lines of its log
 
 
+def test_a_pool_without_room_for_one_request_is_unsupported(
+    make_cell: Callable[..., Cell], tmp_path: Path
+) -> None:
+    found = served(demo.MODEL_DIR, cell(make_cell, "none", kv_cache_gib=0.0005), tmp_path)
+    assert found["failed"].startswith("Unsupported: the KV pool is too small for one request")
+    assert found["failed"].count("raise `runtime.kv_cache_gib`") == 1
+    assert "\n" not in found["failed"]
+
+
+def test_a_reserved_port_is_the_servers_alone() -> None:
+    """Nobody is given it by chance, and a server that names it can still listen there."""
+    held = _vllm_process.reserved_port()
+    address = held.getsockname()
+    with pytest.raises(OSError, match="in use"), socket.socket() as other:
+        other.bind(address)
+    with socket.socket() as server, socket.socket() as client:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(address)
+        server.listen()
+        client.connect(address)
+        server.accept()[0].close()
+    held.close()
+
+
+def test_the_server_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine may name one for everything, this address included."""
+
+    class Healthy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with http.server.HTTPServer(("127.0.0.1", 0), Healthy) as server:
+        thread = threading.Thread(target=server.handle_request, daemon=True)
+        thread.start()
+        assert _vllm_process._answers(f"http://127.0.0.1:{server.server_port}/health")
+        thread.join()
+
+
+def test_a_folder_is_not_left_by_what_never_started(
+    make_cell: Callable[..., Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    wanted = cell(make_cell, "none", kv_cache_gib=None)
+    with pytest.raises(FileNotFoundError):
+        _vllm_process.VllmServer(tmp_path / "nothing", wanted, "bfloat16")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_vllm_has_no_kernel_for_is_unsupported_not_a_crash(
     make_cell: Callable[..., Cell], tmp_path: Path
 ) -> None:
     made = vllm_models.build(make_cell, "rtn8", tmp_path)
-    own = made.cell.runtime
-    wide = Runtime(own.name, own.dtype, own.speed_dtype, own.threads, own.options)
-    words, variables = vllm_environment.command("tests.runtimes.vllm_serving")
-    stored = vllm_environment.write_cell(tmp_path, "cell", replace(made.cell, runtime=wide))
-    done = subprocess.run(
-        [*words, str(made.folder), stored, str(tmp_path / "seen.json")],
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=vllm_environment.SECONDS,
-    )
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("qgrid.contracts.Unsupported: vLLM cannot run this checkpoint here")
-    assert "Failed to find a kernel" in last
+    found = served(made.folder, made.cell, tmp_path)
+    assert found["failed"].startswith("Unsupported: vLLM cannot run this checkpoint here")
+    assert found["failed"].count("vLLM cannot run") == 1
+    assert "Failed to find a kernel" in found["failed"]

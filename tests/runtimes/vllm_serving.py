@@ -1,7 +1,7 @@
 """A program for vLLM's environment: start the server, ask it, say what was seen.
 
 `python -m tests.runtimes.vllm_serving FOLDER CELL OUT` writes a JSON file and ends the server;
-with `--stay` it writes the file and waits, to be killed.
+with `--stay` it writes the file and waits, to be killed; with `--split` two workers hold the model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from qgrid import codec
+from qgrid.contracts import Unsupported
+from qgrid.runtimes import _vllm_settings as settings
 from qgrid.runtimes import vllm as runtime
 from qgrid.types import Cell
 
@@ -77,9 +79,11 @@ def _asked(server: Any, prompt: list[int]) -> dict[str, Any]:
 def main(folder: str, cell: str, out: str, *flags: str) -> None:
     """Start, ask, end."""
     wanted = codec.loads(Cell, Path(cell).read_text())
+    if "--split" in flags:
+        settings.parallel = lambda cell: 2
     try:
         server = runtime.serve(Path(folder), wanted, wanted.runtime.speed_dtype)
-    except RuntimeError as error:
+    except (RuntimeError, Unsupported) as error:
         failed = {"failed": f"{type(error).__name__}: {error}"}
         Path(out).write_text(json.dumps(failed))
         return

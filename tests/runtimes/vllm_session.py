@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from qgrid import codec
 from qgrid.contracts import Unsupported
 from qgrid.runtimes import _vllm_checks, _vllm_engine, _vllm_formats
+from qgrid.runtimes import _vllm_settings as settings
 from qgrid.runtimes import vllm as runtime
 from qgrid.types import Cell
 
@@ -26,6 +28,12 @@ Task = dict[str, Any]
 
 def _cell(task: Task, key: str = "cell") -> Cell:
     return codec.loads(Cell, json.dumps(task[key]))
+
+
+def _split(task: Task) -> None:
+    """Split the model as on so many GPUs: vLLM's CPU workers stand for them."""
+    parts = task.get("parallel", 1)
+    settings.parallel = lambda cell: parts
 
 
 def _rows(engine: Any, task: Task) -> list[list[tuple[int, torch.Tensor]]]:
@@ -51,6 +59,7 @@ def _told(engine: Any) -> dict[str, Any]:
 
 def score(task: Task) -> dict[str, Any]:
     """Log-probabilities of sequences, and what the engine tells of itself."""
+    _split(task)
     engine = runtime.load(Path(task["folder"]), _cell(task), task["dtype"])
     found: dict[str, Any] = {"told": _told(engine), "rows": _rows(engine, task)}
     found["other_checks"] = [
@@ -62,8 +71,21 @@ def score(task: Task) -> dict[str, Any]:
         [(made.ids, made.seconds) for made in engine.generate(*arguments)]
         for arguments in task.get("prompts", [])
     ]
+    workers, sockets = engine._census.pids, engine._sockets
+    begun: Any = engine.score(task["sequences"], task["keep"])
+    next(begun)
     engine.close()
+    begun.close()  # what was not read to its end may outlive the engine
+    found["left"] = [pid for pid in workers if pid != os.getpid() and _alive(pid)]
+    found["sockets_left"] = sockets is not None and sockets.exists()
     return found
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def together(task: Task) -> dict[str, Any]:
@@ -86,6 +108,7 @@ def together(task: Task) -> dict[str, Any]:
 
 def refused(task: Task) -> dict[str, Any]:
     """What vLLM itself does with a checkpoint, our own refusal left out."""
+    _split(task)
     cell = _cell(task)
     try:
         runtime.load(Path(task["folder"]), cell, task["dtype"])

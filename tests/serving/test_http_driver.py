@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import statistics
 import time
@@ -12,18 +13,20 @@ from typing import Any
 import pytest
 
 from qgrid.contracts import InvalidEngine
-from qgrid.serving import load, schedule
+from qgrid.serving import load, schedule, users
 from qgrid.serving.http_driver import HttpDriver
 from qgrid.serving.load import Timed
 from qgrid.serving.samples import Sample
 from qgrid.serving.schedule import Load, Run
 from qgrid.serving.summary import summary
-from qgrid.types import Workload
+from qgrid.types import Slo, Workload
 from tests.serving import stub as stubs
 from tests.serving.stub import Behaviour, Clock, Stub, event, in_turn, sends, status, token
 
 WORKLOAD = Workload("test", 8, 5, (3,), warmup=2, repeats=5, deadline_seconds=20.0)
 CLOCK = Clock(prefill=0.03, step=0.02)
+DONE = event(b"[DONE]")
+WHOLE = (event(token()), event(token(finish="length")), event(stubs.usage(3, 2)), DONE)
 
 
 def run_of(
@@ -137,6 +140,9 @@ def test_a_client_that_is_late_counts_its_own_delay() -> None:
         (replace(CLOCK, counts=False), False, 5, 5),
         (replace(CLOCK, counts=False, farewell=True), False, 5, 5),
         (replace(CLOCK, farewell=True), True, 5, 5),
+        (sends(event(token("")), *WHOLE), True, 2, 2),
+        (sends(event(token("")), event(token("")), *WHOLE[1:]), True, 2, 2),
+        (sends(event(token("")), *WHOLE[1:2], event(stubs.usage(3, 10**400)), DONE), False, 2, 2),
         (replace(CLOCK, at_once=2), True, 3, 5),
         (replace(CLOCK, at_once=2, counts=False), False, 3, 3),
         (replace(CLOCK, tokens=3), True, 3, 3),
@@ -226,6 +232,29 @@ def test_a_server_that_dies_midway_is_given_up_and_what_came_before_counts() -> 
     found = {(m.metric, m.slice): m for m in summary(timed.samples)}
     assert found["failed_requests", "concurrency=3"].value == 6
     assert found["output_throughput", "concurrency=3"].n == 2
+
+
+def test_a_load_that_never_works_is_told_and_not_served_to_anybody() -> None:
+    """Given up in its warm-up: without a sample it would look as if nobody had tried it."""
+
+    async def for_one(server: Stub, *asked: Any) -> Any:
+        await asyncio.sleep(0.05)
+        return await (status(503, {}) if server.most_active > 1 else CLOCK)(server, *asked)
+
+    async def by_turns(server: Stub, *asked: Any) -> Any:
+        server.most_active = server.active
+        return await for_one(server, *asked)
+
+    workload = replace(WORKLOAD, slo=Slo(ttft_ms=1e4))
+    with Stub(by_turns) as server:
+        timed, _ = measured(server, workload)
+    assert timed.given_up == ["concurrency=3"]
+    found = {(m.metric, m.slice): m for m in summary(timed.samples)}
+    failed = found["failed_requests", "concurrency=3"]
+    assert (failed.value, failed.n) == (3, 3)
+    levels = users.levels(timed.samples, workload.slo)
+    assert users.most(levels) == 1
+    assert not users.at_least(levels)
 
 
 def test_a_dead_server_costs_no_deadline() -> None:

@@ -41,6 +41,7 @@ def test_other_names_for_the_same() -> None:
 def test_a_server_that_tells_something_else_or_nothing() -> None:
     assert parsed("") == parsed("<html>no</html>") == parsed("up 1\n") == {}
     assert parsed("x:num_requests_waiting NaN\nx:num_requests_running what\n") == {}
+    assert parsed("x:num_requests_waiting +Inf\n") == {}
 
 
 def test_peaks_and_medians() -> None:

@@ -17,12 +17,13 @@ import pytest
 
 from qgrid.contracts import Endpoint
 from qgrid.serving import events, transport
-from qgrid.serving.failures import RequestFailed, seconds_to_wait
+from qgrid.serving.failures import RequestFailed, refusal, seconds_to_wait
 from qgrid.serving.transport import Chunk
 from tests.serving import stub as stubs
 from tests.serving.stub import KEY, Behaviour, Clock, Stub, event, sends, status, token, usage
 
 BODY: dict[str, Any] = {"model": "stub", "prompt": [5, 6, 7], "max_tokens": 4, "stream": True}
+DEEP = b"[" * 100_000
 WHOLE = (event(token()), event(token(finish="length")), event(usage(3, 2)), event(b"[DONE]"))
 
 
@@ -118,6 +119,10 @@ def test_json_answers() -> None:
         (sends(event(token()), b"<html>\n\n"), "garbage", "'<html>'", True),
         (sends(b"\xff\xfe\x00\n\n"), "garbage", "the stream holds the line", True),
         (sends(event(b"[1, 2]"), *WHOLE), "garbage", "no JSON object: '\\[1, 2\\]'", True),
+        (sends(event(b'{"choices":' + DEEP)), "garbage", "no JSON object", True),
+        (sends(event(b'{"error":' + DEEP)), "garbage", "no JSON object", True),
+        (sends(event({"choices": 5})), "reset", "ended before it was finished", True),
+        (sends(event(b'{"error": "\\ud800 half"}')), "status", r": \? half", True),
         (sends(event(b"[DONE]")), "garbage", "held nothing", True),
         (sends(), "garbage", "held nothing", True),
         (sends(b"<html>", content_type="text/html"), "garbage", "`text/html` came", False),
@@ -189,8 +194,9 @@ def test_a_slow_first_token_is_no_stall() -> None:
 def test_a_stream_may_end_without_done_and_stay_open_after_it() -> None:
     with Stub(sends(event(token()), event(token(finish="stop")))) as server:
         assert len(asyncio.run(streamed(server.endpoint))) == 2
-    with Stub(sends(*WHOLE, ends="stalls")) as server:
-        assert len(asyncio.run(streamed(server.endpoint))) == 3
+    for ends in ("stalls", "cut"):
+        with Stub(sends(*WHOLE, ends=ends)) as server:
+            assert len(asyncio.run(streamed(server.endpoint))) == 3
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
@@ -238,6 +244,23 @@ def test_the_key_stays_with_its_own_server() -> None:
         assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
         assert "Authorization" not in other.headers[0]
         assert KEY not in repr(replace(server.endpoint))
+
+
+@pytest.mark.parametrize("said", [b"x: %s\n\n", b"data: [%s]\n\n", b'data: {"error": "%s"}\n\n'])
+def test_a_key_without_a_known_form_is_in_no_message(said: bytes) -> None:
+    key = "open sesame"
+    with (
+        Stub(sends(said % (b"." * 50 + key.encode()))) as server,
+        pytest.raises(RequestFailed, match=r"\.\[redacted\]") as raised,
+    ):
+        asyncio.run(streamed(replace(server.endpoint, key=key)))
+    assert "open" not in str(raised.value)
+
+
+def test_an_error_that_nests_endlessly_is_shown_as_it_came() -> None:
+    found = refusal("POST x", 500, {}, DEEP, None)
+    assert (found.kind, found.status) == ("status", 500)
+    assert str(found).startswith("POST x: HTTP 500: [[[")
 
 
 def test_when_to_come_back() -> None:

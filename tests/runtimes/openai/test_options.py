@@ -120,6 +120,8 @@ def test_a_password_in_an_address_is_refused(planned: Plan) -> None:
         ({"base_url": "localhost:8000"}, "`runtime.base_url` is no http or https address"),
         ({"base_url": "http://me@host/v1"}, "holds a user name or password"),
         ({"base_url": "https://host/v1?api-version=1"}, "has a part after"),
+        ({"base_url": "http://[::1/v1"}, "`runtime.base_url` is no http or https address"),
+        ({"base_url": "http://host:99999/v1"}, "`runtime.base_url` is no http or https address"),
         ({"baseline_url": "ftp://host"}, "`runtime.baseline_url` is no http"),
         ({"logprobs": "echo", "prompts": "text"}, "use `runtime.prompts=auto`"),
     ],

@@ -72,6 +72,10 @@ def test_generated_ids_come_by_name_or_from_the_text() -> None:
     content = {"content": [{"id": 4, "token": "a"}, {"id": 5, "token": "b"}]}
     assert rows.generated(answer(content), encode) == (4, 5)
     assert rows.generated(answer(), encode) == (ord("x"),)
+    for ids in ([-1], [2**40], [True], ["a"]):
+        assert rows.generated(answer(token_ids=ids), encode) == (ord("x"),)
+    for odd in (5, None, {"token": "a"}, {"id": "a"}):
+        assert rows.content_ids({"content": [odd]}) is None
     with pytest.raises(RequestFailed, match="no text"):
         rows.generated({"choices": [{"text": None}]}, encode)
 

@@ -1,0 +1,137 @@
+"""A checkpoint as a torch model in the dtype and with the kernel that a cell asks for."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qgrid import gptq_kernels, models
+from qgrid.contracts import InvalidEngine, Unsupported
+from qgrid.device import compute_threads
+from qgrid.runtimes import _storage
+
+if TYPE_CHECKING:
+    from qgrid.runtimes.transformers import Options
+    from qgrid.types import Cell
+
+
+def load(
+    artifact: Path, cell: Cell, dtype: str, options: Options
+) -> tuple[Any, Counter[_storage.Stored]]:
+    """The model, and how its linear layers came out of the files.
+
+    Raises:
+        InvalidEngine: the device or the storage of the weights is not what the cell says.
+        Unsupported: the library does not have the kernel for these weights.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    _quiet()
+    _require_device(cell)
+    if cell.gpu.kind == "cpu":
+        torch.set_num_threads(compute_threads(cell.runtime.threads))
+    model = _model(artifact, cell, dtype, options)
+    _require_attention(model.config, options)
+    model.generation_config = GenerationConfig()  # greedy, and nothing that the checkpoint adds
+    arrived = _storage.arrived(model, _checkpoint_dtype(artifact))
+    require_storage(arrived, cell)
+    _compute_in(model, dtype)
+    return model, arrived
+
+
+def _model(artifact: Path, cell: Cell, dtype: str, options: Options) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    arguments = {
+        "dtype": getattr(torch, dtype),
+        "attn_implementation": options.attn_implementation,
+        "device_map": {"": "cuda:0" if cell.gpu.kind == "cuda" else "cpu"},
+        "local_files_only": True,
+        **models.load_options(cell.model),
+        **gptq_kernels.asked(artifact, options.kernel, dtype, cell.gpu.kind),
+    }
+    try:
+        return AutoModelForCausalLM.from_pretrained(artifact, **arguments).eval()
+    except (ValueError, ImportError, NotImplementedError) as error:
+        if options.kernel == gptq_kernels.AUTO:
+            raise
+        first = str(error).strip().partition("\n")[0]
+        raise Unsupported(
+            f"`runtime.kernel={options.kernel}` cannot be had for these weights here: {first}"
+        ) from error
+
+
+def require_storage(arrived: Mapping[_storage.Stored, int], cell: Cell) -> None:
+    """Compare how the linears arrived with what the cell asks for.
+
+    Raises:
+        InvalidEngine: a quantized cell without quantized linears, another width, or the reverse.
+    """
+    quantized = {each: count for each, count in arrived.items() if 0 < each.bits < 16}
+    seen = ", ".join(f"{count} x {each.format}" for each, count in arrived.items())
+    if cell.bits >= 16 and quantized:
+        raise InvalidEngine(f"16-bit weights were asked for, but the engine holds {seen}")
+    if cell.bits < 16 and not any(each.bits == cell.bits for each in quantized):
+        raise InvalidEngine(
+            f"method `{cell.method.name}` with `bits={cell.bits}` was asked for, "
+            f"but the engine holds {seen}"
+        )
+
+
+def _checkpoint_dtype(artifact: Path) -> str | None:
+    """The dtype in which the files hold what is not quantized."""
+    config = json.loads((artifact / "config.json").read_text())
+    parts = (config.get("text_config", {}), config)
+    named = (part.get(key) for part in parts for key in ("dtype", "torch_dtype"))
+    return next((str(each) for each in named if each is not None), None)
+
+
+def _quiet() -> None:
+    """Silence what libraries print at every load or at every layer of every forward pass."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def _require_device(cell: Cell) -> None:
+    import torch
+
+    if cell.gpu.kind == "cuda" and not torch.cuda.is_available():
+        raise InvalidEngine(f"`gpu={cell.gpu.name}` is a CUDA device, but torch finds none here")
+
+
+def _compute_in(model: Any, dtype: str) -> None:
+    """Make layers of bitsandbytes and gptqmodel compute in `dtype`.
+
+    The checkpoint's own setting would win otherwise, and with AVX-512 bitsandbytes rounds
+    activations and scales to bf16 on a CPU whatever the dtype: fp32 quality must not pass there.
+    gptqmodel would round scale times code to fp16.
+    """
+    import torch
+
+    module: Any
+    for module in _storage.linears(model).values():
+        if type(module).__name__ == "Linear4bit":
+            module.compute_dtype = getattr(torch, dtype)
+            module.compute_type_is_set = True
+            module.weight.quant_state.dtype = getattr(torch, dtype)  # else unpacked in bf16
+            if dtype == "float32":
+                module.support_avx512bf16_for_cpu = False
+        elif gptq_kernels.is_kernel(module) and gptq_kernels.computes_exactly(module, dtype):
+            module.scales = module.scales.float()
+
+
+def _require_attention(config: Any, options: Options) -> None:
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and options.attn_implementation == "sdpa":
+        raise InvalidEngine(
+            "the model caps its attention logits, which `runtime.attn_implementation=sdpa` leaves "
+            "out; set `runtime.attn_implementation=eager`"
+        )
