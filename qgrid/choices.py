@@ -135,7 +135,8 @@ def _refuse_secrets(node: Mapping[str, Any], key: str | None = None) -> None:
         if redact.plain({name: value}) != codec.plain({name: value}):  # keys as text in both
             raise codec.InvalidValue(
                 f"`{name if key is None else f'{key}.{name}'}` holds a secret, and is written to "
-                "plan and records; give it by an environment variable, such as HF_TOKEN, instead"
+                "plan and records; give it by an environment variable instead, such as HF_TOKEN or "
+                "the one that `runtime.api_key_env` names"
             )
 
 

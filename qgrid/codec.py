@@ -87,5 +87,5 @@ def _sentence(detail: dict[str, Any], prefix: str) -> str:
         return f"`{key}` is not a known key; remove it or correct its spelling"
     if kind in {"missing", "missing_argument"}:
         return f"`{key}` is missing"
-    allowed = str(detail["msg"]).removeprefix("Input should be ")
+    allowed = str(detail["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     return f"`{key}={json.dumps(detail['input'], default=str)}` should be {allowed}"

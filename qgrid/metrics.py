@@ -146,6 +146,9 @@ METRICS: dict[str, Metric] = {
     "timing_cv": Metric(
         "ratio", "lower", "cv", "Coefficient of variation of decode throughput over repeats."
     ),
+    "merged_first_tokens": Metric(
+        "ratio", "lower", "merged", "Share of requests whose first two tokens came in one read."
+    ),
     "knee_concurrency": Metric(
         "users", "higher", "knee", "Measured concurrency with the most throughput per latency."
     ),

@@ -214,8 +214,9 @@ class Pipeline:
         limit: float = getattr(self._settings.limits, stage)
         with contextlib.ExitStack() as held:
             held.callback(redact.file, out / "log.txt")  # also when interrupted
-            with outcome.timed("waited"):
-                held.enter_context(machine(alone=stage == "speed"))
+            if not _computes_elsewhere(stage, planned):
+                with outcome.timed("waited"):
+                    held.enter_context(machine(alone=stage == "speed"))
             try:
                 ended = self._worker(stage, planned).run(out / "job.json", limit)
             except (WorkerLost, UnknownInterpreter) as error:
@@ -232,6 +233,11 @@ class Pipeline:
             worker = Worker(environment, self._log, self._fingerprint, self._ahead)
             self._workers[environment] = worker
         return self._workers[environment]
+
+
+def _computes_elsewhere(stage: Stage, planned: PlannedCell) -> bool:
+    """Whether a stage only asks a server: it need not wait for this machine, nor others for it."""
+    return stage == "quality" and registry.runtime(planned.cell.runtime.name).LOADS.remote
 
 
 @contextlib.contextmanager

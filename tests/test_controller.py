@@ -218,7 +218,7 @@ def test_a_record_decides(tmp_path: Path, model: Path, case: Case) -> None:
     assert sweep.decide(cell, known) == case.expected
 
 
-@pytest.mark.parametrize("metric", ["timing_cv", "busy_elsewhere"])
+@pytest.mark.parametrize("metric", ["timing_cv", "busy_elsewhere", "merged_first_tokens"])
 def test_an_unstable_timing_is_repeated_on_request(
     tmp_path: Path, model: Path, metric: str
 ) -> None:

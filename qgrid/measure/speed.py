@@ -56,6 +56,7 @@ def measure(job: Job) -> StageResult:
     Raises:
         InvalidEngine: the engine is not what was asked for, or gives other lengths.
         NothingServed: no request at batch 1 succeeded.
+        ServerGone: the server ended; `samples.jsonl` holds what it answered.
         ValueError: a workload that cannot be timed.
     """
     cell, folder = job.planned.cell, Path(job.artifact)
@@ -68,6 +69,8 @@ def measure(job: Job) -> StageResult:
             with phases("timing"):
                 seen = _timed(subject, cell, folder)
         _write_samples(Path(job.out), seen.timing.samples)
+        if seen.timing.gone is not None:
+            raise loads.ServerGone(f"{seen.timing.gone} (what it answered: samples.jsonl)")
         with phases("summary"):
             result = _result(cell, folder, subject, seen, None if peak is None else peak.bytes)
     return replace(result, seconds=phases.seconds)

@@ -22,7 +22,7 @@ LEGEND = {
     "not a need: it needs its weights, the activations, and KV cache for the users it has",
     SLOW: "a faster kernel exists for this device (see the surprises)",
     OTHER_KERNEL: "another kernel than the one that was asked for",
-    UNSTABLE: "unstable: repeats of this timing vary by more than 5 %, or other processes were in "
+    UNSTABLE: "unstable: repeats of this timing vary by more than 5 %, or others were in "
     "its way; `rerun=unstable` times it again",
     BOUND: "at least: the highest load that was measured was not too much",
     FELL: "fell: the whole 95 % interval is below 0, also after Holm's correction over the slices "

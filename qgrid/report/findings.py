@@ -175,6 +175,20 @@ def _timing(row: Row) -> Iterator[str]:
             f"other processes kept {others.value:.1f} of the processors busy that the timing "
             "wanted; free the machine and give `rerun=unstable`."
         )
+    merged = [
+        (part, share)
+        for part in rows.loads([row], "merged_first_tokens")
+        if (share := row.get("merged_first_tokens", part)) is not None and timing.is_unstable(share)
+    ]
+    if merged:
+        listed = ", ".join(
+            f"{100 * share.value:.0f} % at {rows.load_name(part)}" for part, share in merged
+        )
+        yield (
+            "first tokens were read together with the second, so that TTFT is too long and TPOT "
+            f"too short, in {listed} of the requests: the load generator waited for a processor, "
+            "or the server sends tokens in bundles."
+        )
     unstable = [
         (part, spread)
         for part in rows.loads([row], "timing_cv")

@@ -30,8 +30,7 @@ _LEGEND = {
     KNEE: "knee: the concurrency with the most throughput for its latency",
     MOST: "the most users whose requests are answered as promised (`workload.slo`)",
     BOUND: "at least: the highest load that was measured was not too much",
-    UNSTABLE: "unstable: repeats of this timing vary by more than 5 %, or other processes were in "
-    "its way",
+    UNSTABLE: "unstable: repeats of this timing vary by more than 5 %, or others were in its way",
 }
 
 

@@ -13,6 +13,7 @@ from qgrid.types import Measurement, PlannedCell, Record
 NOT_RUN = "not run"
 ALONE = "concurrency=1"
 _LOADS = ("concurrency", "rate")
+_OF_LOAD = ("timing_cv", "merged_first_tokens", "failed_requests")  # what makes it unstable
 Measured = Mapping[tuple[str, str | None], Measurement]  # by metric and part
 
 
@@ -65,16 +66,14 @@ class Row:
     def ratio(self, metric: str, part: str) -> compare.Ratio | None:
         """This cell over its baseline; None where a gain must not be claimed or is unknown."""
         base = self.baseline
-        unstable = timing.is_unstable(
-            base.get(("timing_cv", part)), base.get(("busy_elsewhere", None))
-        )
-        if self.is_baseline or self.is_decompressed or unstable or self.is_unstable(part):
+        unstable = _is_unstable(base, part) or self.is_unstable(part)
+        if self.is_baseline or self.is_decompressed or unstable:
             return None
-        return compare.ratio(self.get(metric, part), self.baseline.get((metric, part)))
+        return compare.ratio(self.get(metric, part), base.get((metric, part)))
 
     def is_unstable(self, part: str) -> bool:
         """Whether repeats of a timing scatter by more than 5 %, or others were in its way."""
-        return timing.is_unstable(self.get("timing_cv", part), self.get("busy_elsewhere"))
+        return _is_unstable(self.measured, part)
 
     @property
     def changes(self) -> dict[str, Measurement]:
@@ -132,6 +131,11 @@ class Row:
         """What one stage saw of the engine."""
         part = {} if self.record is None else self.record.observed.get(stage)
         return part.get(key) if isinstance(part, Mapping) else None
+
+
+def _is_unstable(measured: Measured, part: str) -> bool:
+    of_load = (measured.get((metric, part)) for metric in _OF_LOAD)
+    return timing.is_unstable(*of_load, measured.get(("busy_elsewhere", None)))
 
 
 def _formats(seen: object) -> str:

@@ -29,7 +29,10 @@ def name_of(asked: str | None, listed: Sequence[Mapping[str, Any]]) -> str:
     """
     known = [str(each.get("id")) for each in listed]
     if asked is None and not known:
-        raise InvalidEngine("the server lists no models; name one by `runtime.model`")
+        raise InvalidEngine(
+            "the server lists no models: does `runtime.base_url` end where `/models` and "
+            "`/completions` begin (in most servers with `/v1`)? If so, give `runtime.model`"
+        )
     check = check_model(asked, listed)
     if not check.ok:
         raise failed(check)

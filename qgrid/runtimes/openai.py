@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, NonNegativeInt, PositiveFloat, PositiveInt
 
 from qgrid.metrics import METRICS
 from qgrid.types import Measurement, Price, RuntimeSupport
@@ -31,13 +32,22 @@ _COST = "usd_per_million_output_tokens"
 _NO_QUALITY = ("api_key_env", "retries", "deadline_seconds", "concurrency", "price")
 
 
+def _named(value: str) -> str:
+    if not re.fullmatch("[A-Z_][A-Z0-9_]*", value):
+        raise ValueError("the name of an environment variable, in capitals; never the key itself")
+    return value
+
+
+Variable = Annotated[str, AfterValidator(_named)]
+
+
 @dataclass(frozen=True)
 class Options:
     """Options of this runtime, see `conf/runtime/openai.yaml`."""
 
     base_url: str
     model: str | None
-    api_key_env: str | None
+    api_key_env: Variable | None
     prompts: Literal["auto", "ids", "text"]
     logprobs: Literal["auto", "echo", "none"]
     top_logprobs: NonNegativeInt
@@ -46,7 +56,7 @@ class Options:
     concurrency: PositiveInt
     baseline_url: str | None
     baseline_model: str | None
-    baseline_api_key_env: str | None
+    baseline_api_key_env: Variable | None
     price: Price | None
 
     def key(self) -> str | None:

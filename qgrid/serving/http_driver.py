@@ -114,7 +114,8 @@ class HttpDriver:
         async with self._sampler.during(run.load.name):
             raws = await self._shape(run, bodies, begin)
         share = (time.process_time() - busy) / (time.perf_counter() - begin)
-        self._processors.setdefault(run.load.name, []).append(share)
+        if all(raw.failure is None for raw in raws):  # to be refused takes no time but the client's
+            self._processors.setdefault(run.load.name, []).append(share)
         self._late += sum(
             raw.scheduled is not None and raw.sent - raw.scheduled > LATE_SECONDS for raw in raws
         )

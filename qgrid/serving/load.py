@@ -20,7 +20,11 @@ GIVEN_UP = 2  # runs of a load in a row without one request that succeeded
 
 
 class NothingServed(RuntimeError):
-    """Not one request at batch 1 succeeded: there is nothing to measure."""
+    """No request at batch 1 that counts succeeded: there is nothing to measure."""
+
+
+class ServerGone(RuntimeError):
+    """The server answered, and then no more: what it came to before is no measurement of it."""
 
 
 class Driver(Protocol):
@@ -45,13 +49,16 @@ class Timed:
     samples: list[Sample] = field(default_factory=list)
     averages: list[float] = field(default_factory=list)
     given_up: list[str] = field(default_factory=list)  # loads that were not tried to the end
+    answered: int = 0  # requests that succeeded, warm-up included
+    gone: str | None = None  # how the server ended, if it did
 
 
 def timed(driver: Driver, workload: Workload, vocabulary: Sequence[int], seed: int) -> Timed:
     """Raw samples: loads take turns in every repeat, the warm-up is discarded.
 
     A load whose requests all fail twice in a row is not tried again, so that a dead server ends
-    the measuring instead of costing every deadline.
+    the measuring instead of costing every deadline. Where the last requests of all have failed, one
+    more at batch 1 tells whether that was the load or the end of the server.
 
     Raises:
         InvalidEngine: a request of another length, where the driver promises exact ones.
@@ -59,25 +66,34 @@ def timed(driver: Driver, workload: Workload, vocabulary: Sequence[int], seed: i
     """
     result = Timed()
     failed: dict[str, int] = {}
+    single: Run | None = None  # the first of all, at batch 1
+    latest: list[Sample] = []
     for repeat in schedule.runs(workload, vocabulary, seed):
         for run in repeat:
+            single = run if single is None else single
             name = run.load.name
             if failed.get(name, 0) == GIVEN_UP:
                 continue
             average = os.getloadavg()[0]
-            samples = driver.run(run)
+            samples = latest = driver.run(run)
+            result.answered += sum(each.error is None for each in samples)
             if driver.exact:
                 _require_lengths(samples, workload.output_tokens)
-            all_failed = all(each.error is not None for each in samples)
-            failed[name] = failed.get(name, 0) + 1 if all_failed else 0
+            failed[name] = failed.get(name, 0) + 1 if _all_failed(samples) else 0
             given_up = failed[name] == GIVEN_UP
             if run.repeat >= 0 or given_up:  # nothing else would tell of one that never worked
                 result.samples += samples
                 result.averages.append(average)
             if given_up:
                 result.given_up.append(name)
-                _require_served(result.samples, samples, run)
+                _require_served(result, samples, run)
+    if single is not None and _all_failed(latest) and _all_failed(driver.run(single)):
+        result.gone = f"no answer any more after {result.answered} requests: {latest[0].error}"
     return result
+
+
+def _all_failed(samples: Sequence[Sample]) -> bool:
+    return all(each.error is not None for each in samples)
 
 
 def _require_lengths(samples: Sequence[Sample], wanted: int) -> None:
@@ -88,11 +104,16 @@ def _require_lengths(samples: Sequence[Sample], wanted: int) -> None:
             )
 
 
-def _require_served(measured: Sequence[Sample], last: Sequence[Sample], run: Run) -> None:
-    """Give up altogether where batch 1 has never had an answer."""
-    served = any(each.load == run.load.name and each.error is None for each in measured)
-    if run.load.users == 1 and not served:
-        raise NothingServed(f"no request at batch 1 succeeded: {last[0].error}")
+def _require_served(result: Timed, last: Sequence[Sample], run: Run) -> None:
+    """Give up altogether where batch 1 has never had an answer that counts."""
+    served = any(each.load == run.load.name and each.error is None for each in result.samples)
+    if run.load.users != 1 or served:
+        return
+    if result.answered:
+        raise NothingServed(
+            f"after {result.answered} requests of the warm-up none succeeded: {last[0].error}"
+        )
+    raise NothingServed(f"no request at batch 1 succeeded: {last[0].error}")
 
 
 def observed(result: Timed, workload: Workload) -> dict[str, Any]:

@@ -177,6 +177,10 @@ def _at_load(load: str, samples: Sequence[Sample], slo: Slo) -> list[Measurement
     spread = _spread(load, rates)
     if spread is not None:
         found.append(plain("timing_cv", spread, load, len(rates)))
+    good = [each for repeat in repeats for each in repeat]
+    merged = sum(each.gaps[:1] == [0.0] for each in good)
+    if merged:
+        found.append(plain("merged_first_tokens", merged / len(good), load, len(good)))
     return [*found, *_latencies(load, repeats)]
 
 

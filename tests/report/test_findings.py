@@ -84,6 +84,13 @@ def test_an_unstable_timing(sweep: Sweep, make_number: Number) -> None:
     assert about(unstable, "nf4 at 4 bits: the timing is unstable")[0].endswith("12 % at batch 4.")
 
 
+def test_first_tokens_that_were_read_too_late(sweep: Sweep, make_number: Number) -> None:
+    merged = sweep.measured("nf4", 4, make_number("merged_first_tokens", 0.75, "concurrency=4"))
+    assert "75 % at batch 4" in about(merged, "nf4 at 4 bits: first tokens were read together")[0]
+    few = sweep.measured("nf4", 4, make_number("merged_first_tokens", 0.05, "concurrency=4"))
+    assert not about(few, "first tokens")
+
+
 def test_a_fallback_in_the_histogram(sweep: Sweep) -> None:
     artifact = {"modules": {"gptq pack-quantized 4": 27, "rtn pack-quantized 4": 1}}
     assert about(sweep.changed("gptq", 4, artifact=artifact), "not all 28 linears") == [

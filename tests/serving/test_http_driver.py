@@ -228,7 +228,9 @@ def test_a_server_that_dies_midway_is_given_up_and_what_came_before_counts() -> 
     with Stub(dies) as server:
         timed, _ = measured(server)
     assert timed.given_up == ["concurrency=1", "concurrency=3"]
-    assert len(server.bodies) == 16 + 2 * 4
+    assert len(server.bodies) == 16 + 2 * 4 + 1  # the last asks whether it is gone for good
+    assert timed.gone is not None
+    assert timed.gone.startswith("no answer any more after 16 requests: ")
     found = {(m.metric, m.slice): m for m in summary(timed.samples)}
     assert found["failed_requests", "concurrency=3"].value == 6
     assert found["output_throughput", "concurrency=3"].n == 2
@@ -249,6 +251,7 @@ def test_a_load_that_never_works_is_told_and_not_served_to_anybody() -> None:
     with Stub(by_turns) as server:
         timed, _ = measured(server, workload)
     assert timed.given_up == ["concurrency=3"]
+    assert timed.gone is None
     found = {(m.metric, m.slice): m for m in summary(timed.samples)}
     failed = found["failed_requests", "concurrency=3"]
     assert (failed.value, failed.n) == (3, 3)

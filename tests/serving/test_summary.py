@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qgrid import timing
 from qgrid.contracts import Generation
 from qgrid.serving import summary as module
 from qgrid.serving.samples import Sample
@@ -163,6 +164,15 @@ def test_a_load_without_one_answer_has_nothing_but_its_failures() -> None:
     assert [m for m in found if m.slice == "rate=2"] == [
         Measurement("failed_requests", 1.0, "requests", "rate=2", n=1)
     ]
+
+
+def test_first_tokens_that_were_read_with_the_second() -> None:
+    """Told of the requests that did not fail, and only where there are any."""
+    good, late = sample((0.1, 0.2, 0.3)), sample((0.3, 0.3, 0.4))
+    assert ("merged_first_tokens", "concurrency=1") not in found_of([good])
+    share = found_of([good, late, good, good])["merged_first_tokens", "concurrency=1"]
+    assert (share.value, share.n) == (0.25, 4)
+    assert timing.is_unstable(share)
 
 
 def test_repeats_that_differ() -> None:
