@@ -43,6 +43,11 @@ def test_the_address_must_be_given(planned: Plan) -> None:
         planned("method=served")
 
 
+def test_a_key_is_not_taken_for_the_name_of_its_variable(planned: Plan) -> None:
+    with pytest.raises(InvalidValue, match=r"`runtime.api_key_env=.*never the key itself"):
+        planned("method=served", f"runtime.base_url={URL}", "runtime.api_key_env=sk-abc123def")
+
+
 def test_a_served_cell_is_its_own_baseline_and_takes_bits_as_stated(planned: Plan) -> None:
     found = planned("method=served", "bits=4,8,16", f"runtime.base_url={URL}")
     assert [(p.cell.bits, p.baseline_cell_id, p.added) for p in found] == [

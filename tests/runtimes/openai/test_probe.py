@@ -121,7 +121,7 @@ def test_a_list_of_models_is_needed_where_none_is_named(
 ) -> None:
     with (
         Faulty(tiny_random, gives=EVERYTHING - {"models"}) as server,
-        pytest.raises(InvalidEngine, match=r"name one by `runtime.model`"),
+        pytest.raises(InvalidEngine, match=r"with `/v1`.*give `runtime.model`"),
     ):
         remote(server)
 
