@@ -175,30 +175,24 @@ def _timing(row: Row) -> Iterator[str]:
             f"other processes kept {others.value:.1f} of the processors busy that the timing "
             "wanted; free the machine and give `rerun=unstable`."
         )
-    merged = [
-        (part, share)
-        for part in rows.loads([row], "merged_first_tokens")
-        if (share := row.get("merged_first_tokens", part)) is not None and timing.is_unstable(share)
-    ]
-    if merged:
-        listed = ", ".join(
-            f"{100 * share.value:.0f} % at {rows.load_name(part)}" for part, share in merged
-        )
+    if merged := _against(row, "merged_first_tokens"):
         yield (
             "first tokens were read together with the second, so that TTFT is too long and TPOT "
-            f"too short, in {listed} of the requests: the load generator waited for a processor, "
+            f"too short, in {merged} of the requests: the load generator waited for a processor, "
             "or the server sends tokens in bundles."
         )
-    unstable = [
-        (part, spread)
-        for part in rows.loads([row], "timing_cv")
-        if (spread := row.get("timing_cv", part)) is not None and timing.is_unstable(spread)
-    ]
-    if unstable:
-        listed = ", ".join(
-            f"{100 * spread.value:.0f} % at {rows.load_name(part)}" for part, spread in unstable
-        )
-        yield f"the timing is unstable, its repeats vary by {listed}."
+    if spread := _against(row, "timing_cv"):
+        yield f"the timing is unstable, its repeats vary by {spread}."
+
+
+def _against(row: Row, metric: str) -> str:
+    """The loads at which a share of this metric speaks against the timing: `12 % at batch 4`."""
+    found = ((part, row.get(metric, part)) for part in rows.loads([row], metric))
+    return ", ".join(
+        f"{100 * share.value:.0f} % at {rows.load_name(part)}"
+        for part, share in found
+        if share is not None and timing.is_unstable(share)
+    )
 
 
 def _unpacked(row: Row) -> Iterator[str]:
