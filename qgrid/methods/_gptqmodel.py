@@ -18,6 +18,7 @@ from typing import Any, Literal
 from qgrid import calibration, gptq_kernels, inspection, models
 from qgrid.contracts import Built, Unsupported
 from qgrid.methods import _checkpoint
+from qgrid.methods import _llmcompressor as llmc
 from qgrid.methods import _packed as packed
 from qgrid.types import Cell, MethodSupport
 
@@ -40,8 +41,26 @@ def supports(layout: Layout, bits: tuple[int, ...]) -> MethodSupport:
     )
 
 
-def stored_bits(layout: Layout, stored: packed.Weights, rows: int, columns: int) -> float:
-    """Bits per weight of one layer: codes, zero points, 16-bit scales, the columns' groups."""
+def is_native(layout: Layout, options: Mapping[str, Any]) -> bool:
+    """Whether the options of a method ask for its own format, and so for this library."""
+    return bool(options["format"] == layout)
+
+
+def linear_bits_per_weight(layout: Layout, bits: int, options: Mapping[str, Any]) -> float:
+    """Stored bits of a large linear layer in the format that the options ask for."""
+    return stored_bits(layout, bits, options, *llmc.LARGE)
+
+
+def stored_bits(
+    layout: Layout, bits: int, options: Mapping[str, Any], rows: int, columns: int
+) -> float:
+    """Bits per weight of one layer in the format that the options ask for.
+
+    The native one holds codes, zero points, 16-bit scales and the columns' groups.
+    """
+    if not is_native(layout, options):
+        return packed.stored_bits(bits, options, rows, columns)
+    stored = packed.weights(bits, options)
     groups = 1 if stored.group_size is None else -(-columns // stored.group_size)
     places = 32 * columns if layout == "gptq" else 0
     each_group = groups * rows * (stored.bits + 16)

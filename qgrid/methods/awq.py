@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,9 @@ from qgrid.types import Cell, MethodSupport
 SUPPORTS = packed.supports(calibrated=True)
 option_bits = packed.option_bits
 _NATIVE: native.Layout = "awq"
+_is_native = partial(native.is_native, _NATIVE)
+stored_bits = partial(native.stored_bits, _NATIVE)
+linear_bits_per_weight = partial(native.linear_bits_per_weight, _NATIVE)
 _NATIVE_BITS = (4,)
 _FIXED = {"duo_scaling": True, "grid_points": 20}  # of gptqmodel's search
 
@@ -39,18 +43,6 @@ class Options(packed.Options):
 def support(options: Mapping[str, Any]) -> MethodSupport:
     """What is made in the format that is asked for."""
     return native.supports(_NATIVE, _NATIVE_BITS) if _is_native(options) else SUPPORTS
-
-
-def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:
-    """Bits per weight of one layer, scales and zero points included."""
-    if _is_native(options):
-        return native.stored_bits(_NATIVE, packed.weights(bits, options), rows, columns)
-    return packed.stored_bits(bits, options, rows, columns)
-
-
-def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
-    """Stored bits of a large linear layer, scales and zero points included."""
-    return stored_bits(bits, options, *llmc.LARGE)
 
 
 def refusal(cell: Cell) -> str | None:
@@ -84,10 +76,6 @@ def quantize(cell: Cell, source: Path, out: Path) -> Built:
 
 
 # --- the native format ---------------------------------------------------------------------------
-
-
-def _is_native(options: Mapping[str, Any]) -> bool:
-    return bool(options["format"] == _NATIVE)
 
 
 def _fixed(options: Mapping[str, Any]) -> str | None:

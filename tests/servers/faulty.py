@@ -8,13 +8,11 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +20,7 @@ from aiohttp import web
 from tokenizers import Tokenizer
 
 from tests.servers.processes import free_port
+from tests.servers.threaded import Threaded
 
 VOCAB = 512
 LIMIT = 20  # of `logprobs`, as vLLM's
@@ -52,7 +51,7 @@ def greedy(ids: Sequence[int], count: int) -> list[int]:
     return made[len(ids) :]
 
 
-class Faulty:
+class Faulty(Threaded):
     """A vLLM-like server in a thread of this process, or alone in its own."""
 
     def __init__(
@@ -77,23 +76,6 @@ class Faulty:
     def base_url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
 
-    def __enter__(self) -> Self:
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self.serve()), daemon=True)
-        self._thread.start()
-        assert self._ready.wait(20)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._loop.call_soon_threadsafe(self._end.set)
-        self._thread.join(10)
-        assert not self._thread.is_alive()
-
     async def serve(self) -> None:
         app = web.Application(client_max_size=2**26)
         app.router.add_post("/v1/completions", self._completions)
@@ -104,10 +86,7 @@ class Faulty:
         runner = web.AppRunner(app, shutdown_timeout=0.1, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", self.port).start()
-        self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-        if hasattr(self, "_ready"):
-            self._ready.set()
-        await self._end.wait()
+        await self.until_left()
         await runner.cleanup()
 
     def _refusal(self, request: web.Request) -> web.Response | None:

@@ -10,23 +10,22 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from aiohttp import web
 
 from qgrid.contracts import Endpoint
+from tests.servers.threaded import Threaded
 
 Behaviour = Callable[["Stub", web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
 KEY = "sk-stub-0123456789abcdef0123"
 
 
 @dataclass
-class Stub:
+class Stub(Threaded):
     """`with Stub(behaviour) as stub:` then requests to `stub.endpoint`."""
 
     behaviour: Behaviour
@@ -50,23 +49,6 @@ class Stub:
     def prompt(self, ids: Sequence[int]) -> list[int]:
         return list(ids)
 
-    def __enter__(self) -> Self:
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self.serve()), daemon=True)
-        self._thread.start()
-        assert self._ready.wait(10)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._loop.call_soon_threadsafe(self._end.set)
-        self._thread.join(10)
-        assert not self._thread.is_alive()
-
     async def serve(self, ready: Callable[[], None] | None = None) -> None:
         """Serve until `__exit__`."""
         app = web.Application(client_max_size=2**26)
@@ -78,12 +60,9 @@ class Stub:
         site = web.TCPSite(runner, "127.0.0.1", self.port, backlog=512)
         await site.start()
         self.port = runner.addresses[0][1]
-        self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-        if ready is None:
-            self._ready.set()
-        else:
+        if ready is not None:
             ready()
-        await self._end.wait()
+        await self.until_left()
         await runner.cleanup()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
