@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,9 +17,12 @@ qgrid measures quantized language models: which one do you ship?
   python -m qgrid [-m] [OVERRIDE ...]     run a grid (Hydra overrides: method=awq,gptq bits=4,8)
   python -m qgrid +sweeps=NAME [...]      run a committed grid
   python -m qgrid plan [OVERRIDE ...]     the same grid, printed and not run
+  python -m qgrid status|cancel|resume [SWEEP]   how far it is; end it; go on where it stopped
   python -m qgrid report [SWEEP]          rewrite and print the tables of a sweep from its records
   python -m qgrid sync [SWEEP]            replay records into Weights & Biases
   python -m qgrid workspace               save the W&B workspace with parallel coordinates (login)
+  python -m qgrid reproduce LOCK          run a sweep.lock.yaml again and compare every number
+  python -m qgrid fsck | gc [--dry-run]   check and mend the store; free artifacts that nobody needs
   python -m qgrid doctor                  which methods, runtimes and environments work
   python -m qgrid setup [NAME]            build an environment that a runtime needs, or list them
 
@@ -27,6 +31,7 @@ A key with several values makes a grid of all combinations. Keys and choices:
   bits=2,3,4,8 context=TOKENS seed=N name=SWEEP out=FOLDER
   rerun=[oom,timeout,crashed,stale,unstable] fresh=true verify=full
 
+`hydra/launcher=slurm` runs the same grid on a cluster; `--detach` returns once it is under way.
 Hydra's own flags work too: --cfg job shows a configuration, --config-dir adds your own folder,
 --hydra-help lists the rest. Exit code: 0 good, 1 a cell failed or none is ok, 2 a wrong command.
 """
@@ -110,11 +115,35 @@ def _setup(arguments: list[str]) -> int:
         return 1
 
 
+def _module(name: str) -> Callable[[list[str]], int]:
+    """A verb whose module has a `main`."""
+
+    def run(arguments: list[str]) -> int:
+        from qgrid import commands
+
+        try:
+            return int(importlib.import_module(name).main(arguments))
+        except commands.WrongCommand as error:
+            return _wrong(str(error))
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:  # a file that this version cannot read
+            return _wrong(" ".join(str(error).split()))
+
+    return run
+
+
 VERBS: dict[str | None, Callable[[list[str]], int]] = {
     "plan": _plan,
+    "status": _module("qgrid.status"),
+    "cancel": _module("qgrid.cancel"),
+    "resume": _module("qgrid.resume"),
     "report": _report,
+    "reproduce": _module("qgrid.reproduce"),
     "sync": _sync,
     "workspace": _workspace,
+    "fsck": _module("qgrid.fsck"),
+    "gc": _module("qgrid.gc"),
     "doctor": _doctor,
     "setup": _setup,
 }
@@ -122,22 +151,12 @@ VERBS: dict[str | None, Callable[[list[str]], int]] = {
 
 def _on_sweep(verb: str, arguments: list[str], act: Callable[[Path, str | None], int]) -> int:
     """Run a verb that takes an optional sweep name and `out=FOLDER`."""
-    out = Path("outputs")
-    names = []
-    for argument in arguments:
-        if argument.startswith("out="):
-            out = Path(argument.removeprefix("out="))
-        else:
-            names.append(argument)
-    if len(names) > 1 or any(name.startswith("-") or "=" in name for name in names):
-        return _wrong(f"`qgrid {verb}` takes [SWEEP] [out=FOLDER], got `{' '.join(arguments)}`")
-    known = sorted(p.name for p in (out / "sweeps").glob("*") if p.is_dir())
-    if names and names[0] not in known:
-        return _wrong(f"no sweep `{names[0]}` in {out}/sweeps (has: {', '.join(known) or 'none'})")
-    if not known:
-        return _wrong(f"no sweep in {out}/sweeps; run a grid first, or give out=FOLDER")
+    from qgrid import commands
+
     try:
-        return act(out.absolute(), names[0] if names else None)
+        given = commands.parse(verb, arguments, "[SWEEP] [out=FOLDER]")
+        folder = commands.sweep_folder(given)
+        return act(given.out, folder.name if given.names else None)
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:  # a record or a plan that this version cannot read

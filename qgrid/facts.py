@@ -31,8 +31,9 @@ class FixedDevice(ValueError):
 class Facts:
     """Identities of models, slices and calibration sets; this machine; locked versions."""
 
-    def __init__(self, hashes: HashCache) -> None:
+    def __init__(self, hashes: HashCache, elsewhere: bool = False) -> None:
         self._hashes = hashes
+        self._elsewhere = elsewhere  # other machines will run the plan
         self._memo: dict[tuple[str, int], tuple[Any, Any]] = {}
         self._asked: dict[tuple[str, int, int, int], tuple[Cell, str | None]] = {}
 
@@ -90,7 +91,7 @@ class Facts:
         """`gpu=auto` as this machine (`remote`: as an unknown one), any other as it is.
 
         Raises:
-            FixedDevice: keys of `gpu=auto` were overridden.
+            FixedDevice: keys of `gpu=auto` were overridden, or other machines will run the plan.
         """
         if gpu.name != AUTO.name:
             return gpu
@@ -99,7 +100,15 @@ class Facts:
                 "`gpu=auto` is this machine as it is found, so `gpu.*` cannot be overridden; "
                 "choose a device, such as `gpu=h100`, to change its keys"
             )
-        return REMOTE if remote else self.machine
+        if remote:
+            return REMOTE
+        if self._elsewhere:
+            raise FixedDevice(
+                "`gpu=auto` is the machine of this command, and other machines will run the cells; "
+                "name what they have, such as `gpu=h100`, or your own file in `gpu/` of a "
+                "`--config-dir`"
+            )
+        return self.machine
 
     @cached_property
     def machine(self) -> Gpu:

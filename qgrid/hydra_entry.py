@@ -15,6 +15,7 @@ from qgrid import config, sweep
 from qgrid.types import Choice, Settings
 
 _SEEN_BY_HYDRA = re.compile(r"[~+]*(hydra\b|sweeps\b)")
+DETACH = "--detach"
 PLUGINS = Path(__file__).parent / "_plugins"  # holds the namespace package `hydra_plugins`
 
 
@@ -26,6 +27,8 @@ def enter(arguments: list[str]) -> int:
     from yaml import YAMLError
 
     sys.path.insert(0, str(PLUGINS))
+    sweep.DETACH.set(DETACH in arguments)
+    arguments = [argument for argument in arguments if argument != DETACH]
     sys.argv = ["qgrid", *_for_hydra(arguments)]
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting with 1

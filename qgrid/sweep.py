@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
 
 OVERRIDES: ContextVar[tuple[str, ...]] = ContextVar("OVERRIDES", default=())  # of the grid
+DETACH: ContextVar[bool] = ContextVar("DETACH", default=False)  # set by `--detach`
 PLAN_ONLY: ContextVar[bool] = ContextVar("PLAN_ONLY", default=False)  # set by `qgrid plan`
 
 
@@ -37,21 +38,27 @@ def run(
             "`hydra.sweeper.grids` lists axes of cells; what is the same for all cells, such as "
             "`out` or `name`, goes beside `hydra`"
         )
-    planned = planned_cells(itertools.chain.from_iterable(grids), Path(settings.out))
+    remote = getattr(launcher, "remote", False)
+    planned = planned_cells(itertools.chain.from_iterable(grids), Path(settings.out), remote)
     if PLAN_ONLY.get():
         from qgrid.report import plan_table
 
         print(plan_table.render(planned))  # noqa: T201
         return
     plan_file = write_plan(planned, settings)
-    returned = launcher.launch([[str(plan_file), *(p.cell_id for p in planned)]], 0)
+    returned = launcher.launch([[str(plan_file.parent)]], 0)
     raise SystemExit(max(int(each.return_value) for each in returned))
 
 
-def planned_cells(grid: Iterable[Mapping[str, Any]], out: Path) -> list[PlannedCell]:
-    """The plan of a composed grid; content hashes are remembered in `out`."""
+def planned_cells(
+    grid: Iterable[Mapping[str, Any]], out: Path, remote: bool = False
+) -> list[PlannedCell]:
+    """The plan of a composed grid; content hashes are remembered in `out`.
+
+    `remote`: other machines will run it, so that `gpu=auto` is refused.
+    """
     reader = choices.Reader()
-    facts = Facts(HashCache(out / "hashes.json"))
+    facts = Facts(HashCache(out / "hashes.json"), remote)
     return plan.build((reader.choice(each) for each in grid), facts)
 
 
@@ -71,14 +78,15 @@ def read_plan(plan_file: Path) -> list[PlannedCell]:
     return [codec.loads(PlannedCell, line) for line in plan_file.read_text().splitlines()]
 
 
-def run_cells(plan_file: str, cell_ids: Sequence[str]) -> int:
-    """Run cells of a written plan on this machine and print their table; the exit code."""
+def run_cells(plan_file: str, cell_ids: Sequence[str] | None = None) -> int:
+    """Run cells of a written plan (None: all) here and print their table; the exit code."""
     from qgrid import controller, report
 
     folder = Path(plan_file).parent
     settings = codec.loads(Settings, (folder / "settings.json").read_text())
-    wanted = set(cell_ids)
-    cells = [planned for planned in read_plan(Path(plan_file)) if planned.cell_id in wanted]
+    cells = read_plan(Path(plan_file))
+    if cell_ids is not None:
+        cells = [planned for planned in cells if planned.cell_id in set(cell_ids)]
     code = controller.run(cells, settings, folder)
     if code not in (controller.INTERRUPTED, controller.UNREADABLE):
         report.rewrite(folder.parents[1], folder.name)

@@ -1,0 +1,66 @@
+"""Where the cells of a plan run: one file a launcher, named as in `conf/hydra/launcher/`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from qgrid import codec
+from qgrid.files import write_atomic
+
+FILE = "launcher.json"  # in the sweep's folder: what `resume` starts again
+
+
+class Launcher(Protocol):
+    """A file of this folder."""
+
+    REMOTE: bool  # cells run on other machines: `gpu=auto` means nothing there
+    Options: type  # frozen dataclass of what its YAML may say
+
+    def launch(self, folder: Path, options: Any, detach: bool) -> int:
+        """Bring the planned cells of a sweep's folder to records; the exit code.
+
+        `detach`: start, say how to look, and return.
+        """
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A launcher by name with its options, plain, as checked."""
+
+    name: str
+    options: Mapping[str, Any]
+
+
+def module(name: str) -> Launcher:
+    """The launcher of that name."""
+    return cast("Launcher", importlib.import_module(f"qgrid.launchers.{name}"))
+
+
+def choose(name: str, options: Mapping[str, Any]) -> Chosen:
+    """A launcher with its options checked.
+
+    Raises:
+        codec.InvalidValue: an option, its value and what is allowed.
+    """
+    checked = codec.convert(module(name).Options, options, "hydra.launcher")
+    return Chosen(name, codec.plain(checked))
+
+
+def launch(folder: Path, chosen: Chosen, detach: bool) -> int:
+    """Write down what was chosen, for `resume`, and launch; the exit code."""
+    write_atomic(folder / FILE, codec.dumps(chosen, indent=1) + "\n")
+    each = module(chosen.name)
+    options = codec.convert(each.Options, chosen.options, "hydra.launcher")
+    return each.launch(folder, options, detach)
+
+
+def chosen(folder: Path) -> Chosen:
+    """What a sweep was launched with last; here, where it was never launched."""
+    try:
+        return codec.loads(Chosen, (folder / FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return choose("local", {"slots": None})
