@@ -8,6 +8,7 @@ ARGS ?=
 
 LOCKS := qgrid/envs/main.txt
 DEV_LOCK := qgrid/envs/dev.txt
+SYSTEM := chromium:chromium slurmctld:slurmctld,slurm-client,munge,slurm-wlm-basic-plugins slurmd:slurmd
 RECIPES := $(wildcard qgrid/envs/*.toml)
 export TORCH_ARGS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -26,7 +27,8 @@ run: $(VENV)/main.stamp  ## install if needed, run the default grid, print where
 	@$(BIN)/python -m qgrid +sweeps=demo $(ARGS)
 
 test: $(VENV)/dev.stamp lint environments  ## all checks and tests
-	@command -v chromium >/dev/null || echo "note: chromium is missing, so its tests skip; run 'make test-system'"
+	@for each in $(SYSTEM); do PATH="$$PATH:/usr/sbin" command -v $${each%%:*} >/dev/null || \
+		echo "note: $${each%%:*} is missing, so its tests skip; run 'make test-system'"; done
 	$(BIN)/python -m pytest $(ARGS)
 
 test-gpu: $(VENV)/dev.stamp  ## the CUDA paths, on a machine with a GPU
@@ -47,8 +49,13 @@ bench: $(VENV)/dev.stamp  ## benchmarks; they print and assert nothing
 model: $(VENV)/main.stamp  ## train the embedded model again, with its tokenizer and slices (hours)
 	$(BIN)/python -m qgrid.demo.train
 
-test-system:  ## Debian packages that the tests use
-	@command -v chromium >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; }
+# Programs that tests use, each with the Debian packages that bring it. The cluster of the tests is
+# brought up by them and needs no rights; what the packages start by themselves is in its way nowhere.
+test-system:  ## Debian packages that the tests use: a browser, Slurm
+	@wanted=; for each in $(SYSTEM); do PATH="$$PATH:/usr/sbin" command -v $${each%%:*} >/dev/null || \
+		wanted="$$wanted $$(echo $${each#*:} | tr , ' ')"; done; \
+	[ -z "$$wanted" ] || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$wanted >/dev/null; }
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -120,6 +120,7 @@ def _module(name: str) -> Callable[[list[str]], int]:
 
     def run(arguments: list[str]) -> int:
         from qgrid import commands
+        from qgrid.store import place
 
         try:
             return int(importlib.import_module(name).main(arguments))
@@ -127,7 +128,9 @@ def _module(name: str) -> Callable[[list[str]], int]:
             return _wrong(str(error))
         except BrokenPipeError:
             raise
-        except (ValueError, OSError) as error:  # a file that this version cannot read
+        except OSError as error:
+            return _wrong(place.sentence(error))
+        except ValueError as error:  # a file that this version cannot read
             return _wrong(" ".join(str(error).split()))
 
     return run
@@ -152,6 +155,7 @@ VERBS: dict[str | None, Callable[[list[str]], int]] = {
 def _on_sweep(verb: str, arguments: list[str], act: Callable[[Path, str | None], int]) -> int:
     """Run a verb that takes an optional sweep name and `out=FOLDER`."""
     from qgrid import commands
+    from qgrid.store import place
 
     try:
         given = commands.parse(verb, arguments, "[SWEEP] [out=FOLDER]")
@@ -159,7 +163,9 @@ def _on_sweep(verb: str, arguments: list[str], act: Callable[[Path, str | None],
         return act(given.out, folder.name if given.names else None)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError) as error:  # a record or a plan that this version cannot read
+    except OSError as error:
+        return _wrong(place.sentence(error))
+    except ValueError as error:  # a record or a plan that this version cannot read
         return _wrong(" ".join(str(error).split()))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from qgrid import codec, inspection, models, registry, verification, weightless
 from qgrid.building import Work, made
-from qgrid.files import HashCache, built_aside, locked, write_atomic
+from qgrid.files import HashCache, built_aside, write_atomic
 from qgrid.fingerprint import fingerprint
 from qgrid.measure.process_memory import Peak
 from qgrid.types import Check, Job, Manifest, Measurement, PlannedCell, StageResult
@@ -52,16 +52,13 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def build(job: Job) -> StageResult:
-    """Make the artifact of a cell unless it is there; a second process waits and finds it.
+    """Make the artifact of a cell unless it is there; who asks for it holds its lease.
 
     Raises:
         BadArtifact: what was made, or what is there, fails a fatal check.
     """
     target = Path(job.artifact)
-    with locked(target.with_name(target.name + ".lock")):
-        if (target / MANIFEST).is_file():
-            return _reused(target)
-        return _built(target, job)
+    return _reused(target) if (target / MANIFEST).is_file() else _built(target, job)
 
 
 def verify(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qgrid import artifacts, registry
-from qgrid.pipeline import Outcome
+from qgrid.launch import Outcome
 from qgrid.types import (
     FAILURES,
     RECORD_SCHEMA,
@@ -35,10 +35,13 @@ def refused(
 
 def broken(planned: PlannedCell, error: Exception, environment: Mapping[str, Any]) -> Record:
     """The record of a cell that the controller itself could not bring to an end."""
-    reason = f"{type(error).__name__}: {error}"
+    return replace(_empty(planned, environment), status="crashed", error=fault(error))
+
+
+def fault(error: Exception) -> Failure:
+    """A fault of the controller itself as the end of a stage or a cell."""
     trace = "".join(traceback.format_exception(error))
-    failure = Failure("crashed", reason, trace)
-    return replace(_empty(planned, environment), status="crashed", error=failure)
+    return Failure("crashed", f"{type(error).__name__}: {error}", trace)
 
 
 def measured(

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 T = TypeVar("T")
 
+_SHOWN = 200  # characters of a wrong value
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 
@@ -83,9 +84,13 @@ def _sentences(error: ValidationError, prefix: str) -> list[str]:
 def _sentence(detail: dict[str, Any], prefix: str) -> str:
     key = ".".join([*([prefix] if prefix else []), *(str(part) for part in detail["loc"])])
     kind = detail["type"]
+    if kind == "json_invalid":  # the input is the whole text
+        return f"{f'`{key}` is ' if key else ''}not JSON ({detail['ctx']['error']})"
     if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
         return f"`{key}` is not a known key; remove it or correct its spelling"
     if kind in {"missing", "missing_argument"}:
         return f"`{key}` is missing"
     allowed = str(detail["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"`{key}={json.dumps(detail['input'], default=str)}` should be {allowed}"
+    found = json.dumps(detail["input"], default=str)
+    shown = found if len(found) <= _SHOWN else f"{found[:_SHOWN]}…"
+    return f"`{key}={shown}` should be {allowed}"

@@ -219,6 +219,9 @@ class RuntimeModule(Protocol):
     cell is its own baseline. `quality_options(options)`: those that can change a number of
     quality; the others enter only the cell's id. `price(cell) -> Measurement | None`: what the
     workload's tokens cost by a price list, with no GPU to rent.
+
+    `deterministic(cell) -> bool`: whether the same quality request gives the same numbers again, to
+    the last digit (`reproduce` then compares item by item). Without it a remote runtime is not.
     """
 
     LOADS: RuntimeSupport

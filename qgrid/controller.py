@@ -2,49 +2,76 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any
 
-from qgrid import assembly, device, environment, records, redact, registry, timing
+from qgrid import (
+    artifacts,
+    assembly,
+    attempts,
+    crew,
+    decisions,
+    device,
+    environment,
+    launch,
+    leases,
+    pipeline,
+    records,
+    schedule,
+    stopping,
+)
+from qgrid.decisions import Decision
 from qgrid.pipeline import Pipeline
 from qgrid.progress import Progress
-from qgrid.types import FAILURES, FINAL, Cell, Gpu, PlannedCell, Record, Settings, Tracking
+from qgrid.slots import Slot
+from qgrid.spared import Mirror
+from qgrid.stopping import Interrupted
+from qgrid.store import place
+from qgrid.store.aside import set_aside
+from qgrid.types import (
+    FAILURES,
+    PlannedCell,
+    Record,
+    Settings,
+    StageResult,
+)
 
-if TYPE_CHECKING:
-    from qgrid import tracking
-
-INTERRUPTED, UNREADABLE = 130, 2  # exit codes
-UNRUN = ("unsupported", "does_not_fit", "wrong_device")  # statuses of cells that never ran
-MEASURED = ("ok", "oom")  # what was found out stays, also when a plan refuses the cell by now
-Decision = Literal["run", "rerun_stale", "done", "stale", "refuse", "wrong_device"]
-REMARKS: dict[Decision, str] = {
-    "done": "(done before)",
-    "stale": "(stale: measured in another environment)",
-}
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user or the system asked the sweep to end."""
+INTERRUPTED, UNREADABLE, STORE_FAILED = 130, 2, 3  # ends of a launch
 
 
-def run(planned: Sequence[PlannedCell], settings: Settings, folder: Path) -> int:
-    """Run the cells of a plan in order; `folder` is the sweep's, under the root of all outputs.
+@dataclass(frozen=True)
+class Part:
+    """The part of a launch that one machine does; by default all of it, in its own launch."""
+
+    launch: str = field(default_factory=launch.new_id)
+    slots: tuple[Slot, ...] = (Slot(),)
+    builds: tuple[PlannedCell, ...] = ()  # whose artifacts to make, beside those of the cells
+    others: tuple[PlannedCell, ...] = ()  # that the cells compare with
+    attempts: int | None = None  # of one cell, before it is given up; None: no limit
+
+
+def run(
+    planned: Sequence[PlannedCell], settings: Settings, folder: Path, part: Part | None = None
+) -> int:
+    """Run the cells of a plan; `folder` is the sweep's, under the root of all outputs.
 
     Returns:
-        0; 1 when a cell ended in a failure or none is ok; 2 when a record of the plan cannot be
-        read; 130 when interrupted.
+        0; 1 when a cell ended in a failure or none is ok; `UNREADABLE` when a record of the plan
+        cannot be read, `STORE_FAILED` when the store cannot be written to, `INTERRUPTED`.
     """
-    sweep = Sweep(planned, settings, folder)
+    sweep = Sweep(planned, settings, folder, part=part)
+    code = bring(sweep)
+    return sweep.verdict() if code is None else code
+
+
+def bring(sweep: Sweep) -> int | None:
+    """Run a sweep; None when every cell has its record, else why not, as `run` returns it."""
     try:
-        with _signals(_interrupt):
+        with stopping.on_signal(stopping.interrupt):
             sweep.run()
     except records.UnreadableRecord as error:
         sweep.progress.line(str(error))
@@ -52,7 +79,12 @@ def run(planned: Sequence[PlannedCell], settings: Settings, folder: Path) -> int
     except Interrupted:
         sweep.progress.line("interrupted; the same command goes on where this one stopped")
         return INTERRUPTED
-    return sweep.verdict()
+    except OSError as error:
+        if not place.is_unwritable(error):
+            raise
+        sweep.progress.line(place.sentence(error))
+        return STORE_FAILED
+    return None
 
 
 class Sweep:
@@ -64,56 +96,170 @@ class Sweep:
         settings: Settings,
         folder: Path,
         progress: Progress | None = None,
+        part: Part | None = None,
     ) -> None:
         self.planned = planned
         self.records: dict[str, Record] = {}
         self.progress = Progress(planned) if progress is None else progress
         self._settings = settings
         self._folder = folder
-        self._store = folder.parents[1]
+        self.store = folder.parents[1]
         self._found = device.describe()
         self._environment = environment.provenance()
+        self._part = Part() if part is None else part
+        fingerprint = str(self._environment["fingerprint"])
+        self._rule = decisions.Rule(settings, self._found, fingerprint, self._part.launch)
+        self._known: dict[str, Record] = {}
+        self._decisions: dict[str, Decision] = {}
+        self._attempts = attempts.Attempts(self._part.launch, self._part.attempts)
+        self._mirror = Mirror(settings.tracking, folder, self.progress)
+        self._launch = launch.Launch(
+            cells={each.cell_id: each for each in (*self._part.others, *planned)},
+            settings=settings,
+            folder=folder,
+            fingerprint=fingerprint,
+            id=self._part.launch,
+            announce=self.progress.stage,
+        )
 
     def run(self) -> None:
-        """All cells; on the way out nothing of them is left running."""
-        known = records.read_all(self._store, self.planned)
-        decisions = {each.cell_id: self.decide(each, known) for each in self.planned}
-        self._announce(decisions)
-        with self._closing() as (pipeline, mirror):
-            if set(decisions.values()) - {"done", "stale"}:
-                mirror.start()  # it is ready when the first cell is done
+        """All cells; on the way out nothing of them is left running.
+
+        Raises:
+            UnreadableRecord: a record of another version.
+            Interrupted: a signal.
+            OSError: the store cannot be written to.
+        """
+        self._known = self._readable()
+        for each in self.planned:
+            decided = self._rule.decide(each, self._known.get(each.cell_id))
+            self._decisions[each.cell_id] = decided
+        self._announce()
+        try:
+            if set(self._decisions.values()) - {"done", "stale"} or self._part.builds:
+                self._mirror.start()
+            to_run = []
             for each in self.planned:
-                decision = decisions[each.cell_id]
-                if decision in {"done", "stale"}:
-                    self.records[each.cell_id] = known[each.cell_id]
-                    self.progress.end(each, known[each.cell_id], False, REMARKS[decision])
-                    continue
-                record = self._record(each, decision, pipeline)
-                self.records[each.cell_id] = record
-                records.write(self._store, record)
-                self.progress.end(each, record, ran=decision in {"run", "rerun_stale"})
-                mirror.log(record)
+                if self._decisions[each.cell_id] in {"run", "rerun_stale"}:
+                    to_run.append(each)
+                else:
+                    self._settle(each)
+            self._work(to_run)
+        finally:
+            with stopping.undisturbed():
+                self.progress.close()
+                self._mirror.close()
 
-    def decide(self, planned: PlannedCell, known: dict[str, Record]) -> Decision:
-        """What to do about a cell, given its record."""
-        record = known.get(planned.cell_id)
-        if planned.status is not None:
-            stays = record is not None and (record.status in MEASURED or _says(record, planned))
-            return "done" if stays else "refuse"
-        if not _may_run_here(planned.cell, self._found):
-            # what the right device has found out stays
-            return "wrong_device" if record is None or record.status in UNRUN else "done"
-        if record is None or self._settings.fresh or self._is_wanted_again(record):
-            return "run"
-        if record.environment.get("fingerprint") == self._environment["fingerprint"]:
-            return "done"
-        return "rerun_stale" if "stale" in self._settings.rerun else "stale"
+    def _readable(self) -> dict[str, Record]:
+        """The records that there are; a damaged one is set aside, and its cell measured again."""
+        known = {}
+        for each in self.planned:
+            try:
+                record = records.read(self.store, each.cell_id)
+            except records.DamagedRecord as error:
+                there = set_aside(self.store, records.path(self.store, each.cell_id))
+                self.progress.line(f"{error}: it is now {there}")
+                continue
+            if record is not None:
+                known[each.cell_id] = record
+        return known
 
-    def _is_wanted_again(self, record: Record) -> bool:
-        """Whether a record is no final word, or of a kind that `rerun` names."""
-        if record.status not in FINAL or record.status in {*UNRUN, *self._settings.rerun}:
+    def _settle(self, planned: PlannedCell) -> None:
+        """Bring a cell that does not run to its end: its old record stays, or says why not."""
+        decision, record = self._decisions[planned.cell_id], self._known.get(planned.cell_id)
+        if record is None or decision in {"refuse", "wrong_device"}:
+            record = self._refused(planned)
+            records.write(self.store, record)
+            self._mirror.log(record)
+        self.records[planned.cell_id] = record
+        self.progress.end(planned, record, False, decisions.REMARKS.get(decision, ""))
+
+    def _work(self, to_run: Sequence[PlannedCell]) -> None:
+        """Run cells in all slots, the artifacts that they lack before them."""
+        baselines = {each.cell_id: self._launch.baseline(each) for each in to_run}
+        builds = schedule.needed(
+            [*self._part.builds, *to_run],
+            lambda each: baselines.get(each.cell_id),
+            lambda artifact_id: (
+                artifacts.exists(self.store, artifact_id) and not self._settings.fresh
+            ),
+        )
+        if not to_run and not builds:
+            return
+        queue = schedule.Queue(
+            builds,
+            schedule.ordered(to_run, self._seconds()),
+            lambda each: baselines[each.cell_id],
+            self._launch.stop.check,
+            len(self._part.slots),
+        )
+        ahead = pipeline.distributions(to_run)
+        crew.work(
+            self._part.slots,
+            queue,
+            lambda slot: Pipeline(self._launch, slot, ahead),
+            self._perform,
+            self._launch.stop,
+        )
+
+    def _seconds(self) -> Callable[[PlannedCell], float | None]:
+        """How long cells take, as like ones did; one slot needs no such order."""
+        if len(self._part.slots) == 1:
+            return lambda _: None
+        from qgrid.expected import Expected
+
+        return Expected.load(self.store).measuring_seconds
+
+    def _perform(self, unit: schedule.Unit, pipeline: Pipeline) -> bool:
+        """Bring a unit to its end; False: another process is at it."""
+        if isinstance(unit, schedule.Build):
+            return self._build(unit.planned, pipeline)
+        lease = leases.attempt(leases.of(self.store, "cells", unit.cell_id))
+        if lease is None:
+            return False
+        try:
+            record, remark = self._by_another(unit), "(done by another launcher)"
+            if record is None:
+                record, remark = self._record(unit, pipeline), ""
+                lease.check()
+                records.write(self.store, record)
+        except leases.Lost:
+            return False
+        finally:
+            lease.release()
+        self.records[unit.cell_id] = record
+        self.progress.end(unit, record, not remark, remark)
+        if not remark:
+            self._mirror.log(record)
+        return True
+
+    def _build(self, planned: PlannedCell, pipeline: Pipeline) -> bool:
+        """Make an artifact; False: another process is at it."""
+        if not decisions.may_run_here(planned.cell, self._found):
+            return True  # its cells will say so
+        folder = self.store / "builds" / planned.artifact_id
+        given_up = self._attempts.given_up(folder)
+        if given_up is not None:
+            environment = {"launch": self._part.launch}
+            result = StageResult("artifact", failure=given_up, environment=environment)
+            records.save_result(folder / "result.json", result)
+        try:
+            with self._attempts.counted(folder):
+                return pipeline.build(planned)
+        except Exception as error:
+            if place.is_unwritable(error):
+                raise
+            failure = assembly.fault(error)  # its cells' end, not the grid's
+            self._launch.made[planned.artifact_id] = StageResult("artifact", failure=failure)
             return True
-        return "unstable" in self._settings.rerun and timing.is_unstable(*record.measurements)
+
+    def _by_another(self, planned: PlannedCell) -> Record | None:
+        """The record that another process has written since this one looked."""
+        try:
+            record = records.read(self.store, planned.cell_id)
+        except records.DamagedRecord:
+            return None
+        return None if record == self._known.get(planned.cell_id) else record
 
     def verdict(self) -> int:
         """Print what failed and why; the exit code."""
@@ -127,118 +273,40 @@ class Sweep:
             self.progress.line("no cell is ok")
         return 1 if failed or none_ok else 0
 
-    def _announce(self, decisions: Mapping[str, Decision]) -> None:
+    def _announce(self) -> None:
         """One line: how many cells there are and what will be done about them."""
-        counts = Counter(decisions.values())
+        counts = Counter(self._decisions.values())
         self.progress.open(counts["run"] + counts["rerun_stale"])
-        words: dict[Decision, str] = {
-            "run": "to run",
-            "rerun_stale": "stale, to run again",
-            "done": "done before",
-            "stale": "stale (measured in another environment; `rerun=stale` repeats them)",
-            "refuse": "refused",
-            "wrong_device": "for another device",
-        }
-        parts = [f"{counts[key]} {text}" for key, text in words.items() if counts[key]]
-        self.progress.line(f"{len(decisions)} cells: {', '.join(parts)}")
+        parts = [f"{counts[key]} {text}" for key, text in decisions.WORDS.items() if counts[key]]
+        self.progress.line(f"{len(self.planned)} cells: {', '.join(parts)}")
 
-    def _record(self, planned: PlannedCell, decision: Decision, pipeline: Pipeline) -> Record:
-        now = {**self._environment, **environment.momentary()}
-        if decision == "refuse":
-            assert planned.status is not None
-            return assembly.refused(planned, planned.status, planned.reason or "", now)
-        if decision == "wrong_device":
-            reason = f"planned for `{planned.cell.gpu.name}`; this machine has `{self._found.name}`"
-            return assembly.refused(planned, "wrong_device", reason, now)
+    def _refused(self, planned: PlannedCell) -> Record:
+        """The record of a cell that does not run here."""
+        if planned.status is not None:
+            return assembly.refused(planned, planned.status, planned.reason or "", self._now())
+        reason = f"planned for `{planned.cell.gpu.name}`; this machine has `{self._found.name}`"
+        return assembly.refused(planned, "wrong_device", reason, self._now())
+
+    def _record(self, planned: PlannedCell, pipeline: Pipeline) -> Record:
+        """Run a cell: its record, whatever it comes to."""
+        folder, now = records.path(self.store, planned.cell_id).parent, self._now()
         self.progress.begin(planned)
+        given_up = self._attempts.given_up(folder)
+        if given_up is not None:
+            return assembly.refused(planned, given_up.status, given_up.message, now)
         begin = time.monotonic()
+        stale = self._decisions[planned.cell_id] == "rerun_stale"
         try:
-            outcome = pipeline.run(planned, stale=decision == "rerun_stale")
-            record = assembly.measured(planned, outcome, self._store, self._found, now)
-        except Exception as error:  # noqa: BLE001 - one cell's end is not the grid's
-            return assembly.broken(planned, error, now)
+            with self._attempts.counted(folder):
+                outcome = pipeline.run(planned, stale)
+            record = assembly.measured(planned, outcome, self.store, self._found, now)
+        except Exception as error:
+            if place.is_unwritable(error):
+                raise
+            return assembly.broken(planned, error, now)  # one cell's end is not the grid's
         wall = time.monotonic() - begin
         return replace(record, timings={**record.timings, "wall_seconds": wall})
 
-    @contextlib.contextmanager
-    def _closing(self) -> Iterator[tuple[Pipeline, _Mirror]]:
-        """The pipeline and the mirror of this run, both ended whatever happens."""
-        fingerprint = str(self._environment["fingerprint"])
-        stage = self.progress.stage
-        pipeline = Pipeline(self.planned, self._settings, self._folder, fingerprint, stage)
-        mirror = _Mirror(self._settings.tracking, self._folder, self.progress)
-        try:
-            yield pipeline, mirror
-        finally:
-            with _signals(signal.SIG_IGN):  # a second Ctrl-C must not cut this short
-                pipeline.close()
-                self.progress.close()
-                mirror.close()
-
-
-class _Mirror:
-    """The tracking mirror; its failures cost one line, never a result."""
-
-    def __init__(self, wanted: Tracking, folder: Path, progress: Progress) -> None:
-        self._wanted = wanted
-        self._folder = folder
-        self._progress = progress
-        self._mirror: tracking.Mirror | None = None
-
-    def start(self) -> None:
-        with self._spared():
-            from qgrid import tracking
-
-            store = self._folder.parents[1]
-            self._mirror = tracking.start(self._wanted, self._folder.name, store)
-
-    def log(self, record: Record) -> None:
-        if self._mirror is not None:
-            with self._spared():
-                self._mirror.log(record)
-
-    def close(self) -> None:
-        if self._mirror is not None:
-            with self._spared():
-                self._mirror.close()
-
-    @contextlib.contextmanager
-    def _spared(self) -> Iterator[None]:
-        """Let no fault of the mirror out of the block."""
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 - a mirror never costs a result
-            self._mirror = None
-            reason = redact.text(f"{type(error).__name__}: {error}")
-            self._progress.line(f"tracking is off for the rest of this run: {reason}")
-
-
-def _may_run_here(cell: Cell, found: Gpu) -> bool:
-    """Whether this machine is the planned one, or has nothing to do with it."""
-    remote = registry.runtime(cell.runtime.name).LOADS.remote
-    return remote or device.matches(cell.gpu, found)
-
-
-def _says(record: Record, planned: PlannedCell) -> bool:
-    """Whether a record is the refusal that the plan states."""
-    reason = None if record.error is None else record.error.message
-    return record.status == planned.status and reason == planned.reason
-
-
-@contextlib.contextmanager
-def _signals(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> Iterator[None]:
-    """Answer Ctrl-C and its kin by `handler` inside the block (in the main thread)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
-
-
-def _interrupt(number: int, _: FrameType | None) -> NoReturn:
-    raise Interrupted(signal.Signals(number).name)
+    def _now(self) -> dict[str, Any]:
+        launch = {"launch": self._part.launch}
+        return {**self._environment, **environment.momentary(), **launch}

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 
 REMOTE = Gpu("remote", "cpu", "", None, 0.0, None, 1)  # where a server computes; nobody said what
+WHERE_FOUND = ("gres", "constraint")  # of a `Gpu`: how a cluster finds it, not what it is
 AUTO = Gpu("auto", "cpu", "", None, 0.0, None, 1)  # `conf/gpu/auto.yaml`
 
 
@@ -40,6 +41,10 @@ class Facts:
     def digest(self, value: object) -> str:
         """`codec.digest`, once for each object."""
         return self._once("digest", value, codec.digest)
+
+    def device(self, gpu: Gpu) -> str:
+        """What the device contributes to a cell id: all but how a cluster finds one."""
+        return self._once("device", gpu, _device)
 
     def model(self, model: Model) -> str:
         """What the checkpoint's content contributes to an artifact id."""
@@ -128,6 +133,11 @@ class Facts:
         if key not in self._memo:
             self._memo[key] = (value, compute(value))  # the value is kept, so its id stays taken
         return self._memo[key][1]  # type: ignore[no-any-return]
+
+
+def _device(gpu: Gpu) -> str:
+    found = {name: value for name, value in codec.plain(gpu).items() if name not in WHERE_FOUND}
+    return codec.digest(found)
 
 
 def _architecture(model: Model) -> Architecture | None:

@@ -66,9 +66,9 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def machine_lock() -> Path:
-    """The lock of this machine's cores and memory bandwidth: timing holds it alone."""
-    return _temporary() / "machine.lock"
+def machine_locks() -> Path:
+    """The folder of the locks of this machine's cores and cards."""
+    return _temporary() / "machine"
 
 
 def user_cache(variable: str, name: str) -> Path:
@@ -99,8 +99,9 @@ class HashCache:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, list[str]] = {}
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            self._known = json.loads(path.read_text())
+        with contextlib.suppress(FileNotFoundError, ValueError):  # a torn file is begun anew
+            known = json.loads(path.read_text(encoding="utf-8"))
+            self._known = known if isinstance(known, dict) else {}
 
     def sha256(self, path: Path, fresh: bool = False) -> str:
         """The hash of `path`; `fresh` reads the file even when its hash is remembered."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qgrid import config, sweep
+from qgrid.store import place
 from qgrid.types import Choice, Settings
 
 _SEEN_BY_HYDRA = re.compile(r"[~+]*(hydra\b|sweeps\b)")
@@ -27,6 +28,7 @@ def enter(arguments: list[str]) -> int:
     from yaml import YAMLError
 
     sys.path.insert(0, str(PLUGINS))
+    sweep.COMMAND.set(tuple(arguments))
     sweep.DETACH.set(DETACH in arguments)
     arguments = [argument for argument in arguments if argument != DETACH]
     sys.argv = ["qgrid", *_for_hydra(arguments)]
@@ -82,9 +84,10 @@ def sentence(error: BaseException) -> str:
     """The useful message of an error, which Hydra often keeps in the cause, on one line."""
     while error.__cause__ is not None and not str(error).strip():
         error = error.__cause__
-    if isinstance(error, PermissionError | NotADirectoryError) and error.filename:
-        why = error.strerror
-        return f"{error.filename}: {why}; `out=FOLDER` names another place for results"
+    if isinstance(error, OSError) and error.errno is not None:
+        return place.sentence(error)
+    if isinstance(error, UnicodeDecodeError) and (file := _not_text()) is not None:
+        return f"{file} is not UTF-8 ({error.reason} at byte {error.start}); correct or remove it"
     text = " ".join(str(error).split())
     if choice := re.search(
         r"Could not find '([^']+)/([^']+)'(?: Available options in .*?: (.*?) Config search)?", text
@@ -98,6 +101,21 @@ def sentence(error: BaseException) -> str:
         return f"`{key[1]}` is not a known key{_near_key(key[1])}; `qgrid --help` lists the keys"
     cause = "" if error.__cause__ is None else " ".join(str(error.__cause__).split())
     return text if cause in text else f"{text} ({cause})"
+
+
+def _not_text() -> Path | None:
+    """The configuration that is no text: YAML's own error does not name it."""
+    own = os.environ.get("QGRID_CONFIG_DIR")
+    roots = [config.root("conf"), config.root("sweeps"), *([] if own is None else [Path(own)])]
+    for root in roots:
+        for file in sorted(root.rglob("*.yaml")):
+            try:
+                file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                return file
+            except OSError:
+                continue
+    return None
 
 
 def _unknown_choice(group: str, name: str, options: str | None) -> str:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+# What a second run on the same machine gives, timings apart (docs/reproduce.md): the same number,
+# one near it, or whatever the circumstances of the timing are.
+Again = Literal["same", "near", "any"]
+_TIMES = ("ms", "tok/s", "req/s")
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -14,6 +19,12 @@ class Metric:
     better: Literal["higher", "lower", "neither"]
     title: str  # column head
     definition: str
+    again: Again = "same"
+
+    @property
+    def is_timing(self) -> bool:
+        """Whether it is a time or a rate, which a second run never gives again to the digit."""
+        return self.unit in _TIMES
 
 
 METRICS: dict[str, Metric] = {
@@ -92,19 +103,35 @@ METRICS: dict[str, Metric] = {
     ),
     "kv_bytes_per_token": Metric("bytes", "lower", "KV/token", "Bytes of KV cache a token takes."),
     "peak_memory_bytes": Metric(
-        "bytes", "lower", "peak", "Highest memory of the speed stage above its start."
+        "bytes", "lower", "peak", "Highest memory of the speed stage above its start.", again="near"
     ),
     "kv_pool_bytes": Metric(
-        "bytes", "neither", "KV pool", "Bytes that the engine sets aside for KV cache."
+        "bytes",
+        "neither",
+        "KV pool",
+        "Bytes that the engine sets aside for KV cache.",
+        again="near",
     ),
     "activation_peak_bytes": Metric(
-        "bytes", "lower", "activations", "Highest memory of activations, as the engine found it."
+        "bytes",
+        "lower",
+        "activations",
+        "Highest memory of activations, as the engine found it.",
+        again="near",
     ),
     "reserved_bytes": Metric(
-        "bytes", "neither", "reserved", "All memory that the engine reserves, needed or not."
+        "bytes",
+        "neither",
+        "reserved",
+        "All memory that the engine reserves, needed or not.",
+        again="near",
     ),
     "max_concurrency": Metric(
-        "requests", "higher", "in pool", "Requests of the cell's context that the KV pool holds."
+        "requests",
+        "higher",
+        "in pool",
+        "Requests of the cell's context that the KV pool holds.",
+        again="near",
     ),
     # speed
     "prefill_throughput": Metric(
@@ -144,28 +171,56 @@ METRICS: dict[str, Metric] = {
     "e2e_latency_p90_ms": Metric("ms", "lower", "latency p90", "90th percentile of the latency."),
     "e2e_latency_p99_ms": Metric("ms", "lower", "latency p99", "99th percentile of the latency."),
     "timing_cv": Metric(
-        "ratio", "lower", "cv", "Coefficient of variation of decode throughput over repeats."
+        "ratio",
+        "lower",
+        "cv",
+        "Coefficient of variation of decode throughput over repeats.",
+        again="any",
     ),
     "merged_first_tokens": Metric(
-        "ratio", "lower", "merged", "Share of requests whose first two tokens came in one read."
+        "ratio",
+        "lower",
+        "merged",
+        "Share of requests whose first two tokens came in one read.",
+        again="any",
     ),
     "knee_concurrency": Metric(
-        "users", "higher", "knee", "Measured concurrency with the most throughput per latency."
+        "users",
+        "higher",
+        "knee",
+        "Measured concurrency with the most throughput per latency.",
+        again="any",
     ),
     "max_users": Metric(
-        "users", "higher", "users", "Most concurrent users with 90 % of requests as promised."
+        "users",
+        "higher",
+        "users",
+        "Most concurrent users with 90 % of requests as promised.",
+        again="any",
     ),
     "kv_usage_peak": Metric(
-        "ratio", "lower", "KV used", "Highest share of its KV pool that the server reported."
+        "ratio",
+        "lower",
+        "KV used",
+        "Highest share of its KV pool that the server reported.",
+        again="any",
     ),
     "queue_peak": Metric(
-        "requests", "lower", "queue", "Most requests that the server reported as waiting."
+        "requests",
+        "lower",
+        "queue",
+        "Most requests that the server reported as waiting.",
+        again="any",
     ),
     "client_processors": Metric(
-        "1", "lower", "client", "Processors that the load generator itself kept busy."
+        "1", "lower", "client", "Processors that the load generator itself kept busy.", again="any"
     ),
     "busy_elsewhere": Metric(
-        "1", "lower", "others", "Processors that the timing wanted and other processes kept busy."
+        "1",
+        "lower",
+        "others",
+        "Processors that the timing wanted and other processes kept busy.",
+        again="any",
     ),
     # cost
     "usd_per_million_output_tokens": Metric(

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from qgrid import files, records, redact, tracking, wandb_run
+from qgrid import machine, records, redact, tracking, wandb_run
 from qgrid.types import Record, Tracking
 
 PR_SET_PDEATHSIG = 1
@@ -96,10 +96,8 @@ def _unhurried() -> Iterator[None]:
 
     What takes longer waits for the network, which disturbs no timing.
     """
-    lock = files.machine_lock()
     with contextlib.ExitStack() as held:
-        with files.locked(lock.with_name("turn.lock")):
-            held.enter_context(files.locked(lock, shared=True))
+        held.enter_context(machine.hold())
         limit = threading.Timer(tracking.SECONDS_A_RECORD, held.close)
         limit.daemon = True
         limit.start()

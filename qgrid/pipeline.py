@@ -3,74 +3,57 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
-from qgrid import artifacts, codec, endings, files, preload, records, redact, registry
+from qgrid import (
+    artifacts,
+    codec,
+    endings,
+    files,
+    leases,
+    machine,
+    preload,
+    records,
+    redact,
+    registry,
+)
+from qgrid.launch import Launch, Outcome
+from qgrid.leases import LAUNCH, Lease
 from qgrid.processes import UnknownInterpreter, Worker, WorkerLost
+from qgrid.slots import Slot
 from qgrid.types import (
     Check,
     Failure,
     Job,
-    Manifest,
     PlannedCell,
-    Settings,
     Stage,
     StageResult,
 )
-
-
-@dataclass
-class Outcome:
-    """What the stages of one cell gave; `seconds` is the controller's time by purpose."""
-
-    results: dict[Stage, StageResult] = field(default_factory=dict)
-    ran: set[Stage] = field(default_factory=set)  # in this run; the others were on disk
-    baseline: PlannedCell | None = None  # what quality was compared with
-    manifest: Manifest | None = None
-    checks: tuple[Check, ...] = ()  # of the artifact, before this use
-    seconds: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the block's wall time to `name`."""
-        begin = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begin
+from qgrid.worker import CORES, FINGERPRINT
 
 
 class Pipeline:
-    """Runs the stages of cells one after the other; each artifact and each quality once a sweep."""
+    """Runs the stages of cells in one slot; each artifact and each quality once a launch."""
 
-    def __init__(
-        self,
-        planned: Sequence[PlannedCell],
-        settings: Settings,
-        folder: Path,
-        fingerprint: str,
-        announce: Callable[[Stage], None],
-    ) -> None:
-        self._cells = {each.cell_id: each for each in planned}
-        self._settings = settings
-        self._store = folder.parents[1]
-        self._log = folder / "worker.log"
-        self._fingerprint = fingerprint
-        self._announce = announce
-        self._ahead = _distributions(planned)
+    def __init__(self, launch: Launch, slot: Slot, ahead: Sequence[str]) -> None:
+        self._launch = launch
+        self._slot = slot
+        self._ahead = ahead
+        self._store = launch.store
+        self._settings = launch.settings
+        self._log = launch.folder / "worker.log"
         self._workers: dict[str, Worker] = {}
-        self._made: dict[str, StageResult] = {}  # by artifact id
-        self._scored: dict[str, StageResult] = {}  # by quality id
-        self._building: Path | None = None
 
     def run(self, planned: PlannedCell, stale: bool = False) -> Outcome:
-        """All stages of a cell. `stale`: quality of another environment is measured again."""
+        """All stages of a cell. `stale`: quality of another environment is measured again.
+
+        Raises:
+            Stopped: the sweep was told to end.
+        """
         outcome = Outcome()
         made, outcome.checks = self._artifact(planned, outcome)
         outcome.results["artifact"] = made
@@ -78,10 +61,28 @@ class Pipeline:
             return outcome
         outcome.manifest = artifacts.load_manifest(self._folder(planned))
         baseline = self._baseline(planned, outcome)
+        if baseline is not None and baseline.quality_id not in self._launch.scored:
+            with outcome.timed("waited"):  # slices are compared with its items
+                self._quality(baseline, None, False, Outcome())
         outcome.results["quality"] = self._quality(planned, baseline, stale, outcome)
         out = self._store / "cells" / planned.cell_id / "speed"
         outcome.results["speed"] = self._stage("speed", planned, out, baseline, outcome)
         return outcome
+
+    def build(self, planned: PlannedCell) -> bool:
+        """Make the artifact of a cell unless it is there; False: another process is at it.
+
+        Raises:
+            Stopped: the sweep was told to end.
+        """
+        lease = leases.attempt(self._lease(planned))
+        if lease is None:
+            return False
+        try:
+            self._launch.made[planned.artifact_id] = self._made(planned, lease, Outcome())
+        finally:
+            lease.release()
+        return True
 
     def close(self) -> None:
         """End all workers and whatever they run."""
@@ -89,27 +90,22 @@ class Pipeline:
             worker.close()
         self._workers.clear()
         redact.file(self._log)
-        self._clear_building()
-
-    def _clear_building(self) -> None:
-        """Remove what a killed build left aside, unless another process is building there now."""
-        folder, self._building = self._building, None
-        if folder is None or not folder.parent.is_dir():
-            return
-        with _lock_of(folder).open("a") as lock, contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove_remains(folder)
 
     def _folder(self, planned: PlannedCell) -> Path:
-        return self._store / "artifacts" / planned.artifact_id
+        return artifacts.folder_of(self._store, planned.artifact_id)
+
+    def _lease(self, planned: PlannedCell) -> Path:
+        return leases.of(self._store, "artifacts", planned.artifact_id)
 
     def _artifact(
         self, planned: PlannedCell, outcome: Outcome
     ) -> tuple[StageResult, tuple[Check, ...]]:
         """Build the artifact where it is missing; verify it before this use."""
-        known = self._made.get(planned.artifact_id)
+        known = self._launch.made.get(planned.artifact_id)
         if known is None:
-            known = self._made[planned.artifact_id] = self._build(planned, outcome)
+            with leases.held(self._lease(planned), self._launch.stop.check) as lease:
+                known = self._made(planned, lease, outcome)
+            self._launch.made[planned.artifact_id] = known
         if known.failure is not None:
             return known, known.checks
         with outcome.timed("verify"):
@@ -126,29 +122,39 @@ class Pipeline:
         message = f"the stored artifact fails {faults}; `fresh=true` builds it again"
         return StageResult("artifact", failure=Failure("bad_artifact", message)), checks
 
-    def _build(self, planned: PlannedCell, outcome: Outcome) -> StageResult:
-        if self._settings.fresh:
+    def _made(self, planned: PlannedCell, lease: Lease, outcome: Outcome) -> StageResult:
+        """The artifact's build, done now or before; its lease is held."""
+        known = self._launch.made.get(planned.artifact_id)
+        if known is not None:
+            return known
+        out = self._store / "builds" / planned.artifact_id
+        earlier = records.load_result(out / "result.json")
+        this_launch = self._launch.ended(earlier)
+        if self._settings.fresh and not this_launch:
             self._discard(planned)
         if artifacts.exists(self._store, planned.artifact_id):
-            return StageResult("artifact")
-        out = self._store / "cells" / planned.cell_id / "artifact"
-        self._building = self._folder(planned)
-        made = self._stage("artifact", planned, out, None, outcome)
-        self._clear_building()
-        return made
+            was_made = earlier is not None and earlier.failure is None
+            return earlier if was_made and earlier is not None else StageResult("artifact")
+        if this_launch and earlier is not None and earlier.failure is not None:
+            return earlier
+        _remove_remains(self._folder(planned))  # of a build that was killed
+        try:
+            return self._stage("artifact", planned, out, None, outcome)
+        finally:
+            lease.check()
+            _remove_remains(self._folder(planned))
 
     def _discard(self, planned: PlannedCell) -> None:
         folder = self._folder(planned)
-        with files.locked(_lock_of(folder)):
-            with contextlib.suppress(FileNotFoundError):
-                folder.rename(folder.with_name(f".{folder.name}.old"))
-            _remove_remains(folder)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(folder.with_name(f".{folder.name}.old"))
+        _remove_remains(folder)
 
     def _baseline(self, planned: PlannedCell, outcome: Outcome) -> PlannedCell | None:
         """The 16-bit cell to compare with, its artifact built and verified; None: there is none."""
         if planned.baseline_cell_id is None:
             return None
-        baseline = self._cells.get(planned.baseline_cell_id) or self._stored_baseline(planned)
+        baseline = self._launch.baseline(planned)
         if baseline is None or baseline.status is not None:
             reason = "it is not in this plan" if baseline is None else str(baseline.reason)
             outcome.notes.append(f"not compared with its baseline: {reason}")
@@ -160,33 +166,34 @@ class Pipeline:
         outcome.baseline = baseline
         return baseline
 
-    def _stored_baseline(self, planned: PlannedCell) -> PlannedCell | None:
-        record = records.read(self._store, str(planned.baseline_cell_id))
-        if record is None:
-            return None
-        ids = (record.cell_id, record.artifact_id, record.quality_id, record.baseline_cell_id)
-        return PlannedCell(*ids, cell=record.cell, added=True)
-
     def _quality(
         self, planned: PlannedCell, baseline: PlannedCell | None, stale: bool, outcome: Outcome
     ) -> StageResult:
         """The quality of this id, measured unless it is on disk and complete."""
-        known = self._scored.get(planned.quality_id)
+        known = self._launch.scored.get(planned.quality_id)
         if known is not None:
             return known
         out = self._store / "quality" / planned.quality_id
-        with files.locked(out.with_suffix(".lock")):
-            stored = None if self._settings.fresh else records.load_result(out / "result.json")
+        lease = leases.of(self._store, "quality", planned.quality_id)
+        with leases.held(lease, self._launch.stop.check):
+            stored = records.load_result(out / "result.json")
             if stored is None or not self._usable(stored, baseline, stale):
                 stored = self._stage("quality", planned, out, baseline, outcome)
-        self._scored[planned.quality_id] = stored
+        self._launch.scored[planned.quality_id] = stored
         return stored
 
     def _usable(self, stored: StageResult, baseline: PlannedCell | None, stale: bool) -> bool:
-        """Whether a stored quality is complete: compared with this baseline, if there is one."""
+        """Whether a stored quality is complete: compared with this baseline, if there is one.
+
+        What ended in this launch is not tried again, however it ended.
+        """
         compared = baseline is None or stored.environment.get("baseline") == baseline.artifact_id
-        current = stored.environment.get("fingerprint") == self._fingerprint
-        return stored.failure is None and compared and (current or not stale)
+        if self._launch.ended(stored):
+            return compared
+        if self._settings.fresh or stored.failure is not None:
+            return False
+        current = stored.environment.get("fingerprint") == self._launch.fingerprint
+        return compared and (current or not stale)
 
     def _stage(
         self,
@@ -210,18 +217,38 @@ class Pipeline:
         )
         # as it is: the stage must find the paths, and `config` lets no secret into a cell
         files.write_atomic(out / "job.json", codec.dumps(job, indent=1) + "\n", durable=False)
-        self._announce(stage)
+        self._launch.announce(planned, stage)
         limit: float = getattr(self._settings.limits, stage)
         with contextlib.ExitStack() as held:
             held.callback(redact.file, out / "log.txt")  # also when interrupted
             if not _computes_elsewhere(stage, planned):
                 with outcome.timed("waited"):
-                    held.enter_context(machine(alone=stage == "speed"))
+                    held.enter_context(self._machine(stage, planned))
             try:
                 ended = self._worker(stage, planned).run(out / "job.json", limit)
             except (WorkerLost, UnknownInterpreter) as error:
-                return endings.lost(stage, str(error))
-        return endings.result(stage, ended, out, limit)
+                return self._failed(endings.lost(stage, str(error)), baseline, out)
+        result = endings.result(stage, ended, out, limit)
+        return result if result.environment else self._failed(result, baseline, out)
+
+    def _failed(self, result: StageResult, baseline: PlannedCell | None, out: Path) -> StageResult:
+        """A failure of which the stage itself left no word, written down for who else needs it."""
+        compared = None if baseline is None else baseline.artifact_id
+        environment = {"launch": self._launch.id, "baseline": compared}
+        told = replace(result, environment=environment)
+        records.save_result(out / "result.json", told)
+        return told
+
+    def _machine(self, stage: Stage, planned: PlannedCell) -> AbstractContextManager[None]:
+        """Hold what the stage computes with: a timing alone, the other stages together.
+
+        A timing on a CPU is one of the memory that all cores share, so it takes all of them; one
+        on cards takes the slot's own.
+        """
+        alone, stop = stage == "speed", self._launch.stop.check
+        if planned.cell.gpu.kind == "cpu":
+            return machine.hold(None if alone else self._slot.cores, alone, stop=stop)
+        return machine.hold(self._slot.cores, alone, self._slot.cards, stop)
 
     def _worker(self, stage: Stage, planned: PlannedCell) -> Worker:
         """The warm parent of the environment that the stage's method or runtime names."""
@@ -230,7 +257,12 @@ class Pipeline:
         else:
             environment = registry.runtime(planned.cell.runtime.name).LOADS.environment
         if environment not in self._workers:
-            worker = Worker(environment, self._log, self._fingerprint, self._ahead)
+            told = {FINGERPRINT: self._launch.fingerprint, LAUNCH: self._launch.id}
+            if self._slot.cores is not None:
+                told[CORES] = ",".join(map(str, self._slot.cores))
+                if self._slot.cards:
+                    told["CUDA_VISIBLE_DEVICES"] = ",".join(self._slot.cards)
+            worker = Worker(environment, self._log, told, self._ahead, self._launch.stop)
             self._workers[environment] = worker
         return self._workers[environment]
 
@@ -240,31 +272,13 @@ def _computes_elsewhere(stage: Stage, planned: PlannedCell) -> bool:
     return stage == "quality" and registry.runtime(planned.cell.runtime.name).LOADS.remote
 
 
-@contextlib.contextmanager
-def machine(alone: bool) -> Iterator[None]:
-    """Hold this machine: a timing stage alone, the other stages together.
-
-    Who waits for the machine holds the turn, so that a timing is not overtaken for ever.
-    """
-    lock = files.machine_lock()
-    with contextlib.ExitStack() as held:
-        with files.locked(lock.with_name("turn.lock")):
-            held.enter_context(files.locked(lock, shared=not alone))
-        yield
-
-
-def _lock_of(artifact: Path) -> Path:
-    """The lock that a build of the artifact holds."""
-    return artifact.with_name(f"{artifact.name}.lock")
-
-
 def _remove_remains(artifact: Path) -> None:
     """Remove the folders that builds keep beside the artifact."""
     for aside in artifact.parent.glob(f".{artifact.name}.*"):
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _distributions(planned: Sequence[PlannedCell]) -> list[str]:
+def distributions(planned: Sequence[PlannedCell]) -> list[str]:
     """What the methods and runtimes of a plan use and a warm parent can import ahead."""
     wanted: dict[str, None] = {}
     for each in planned:

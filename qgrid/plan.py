@@ -70,19 +70,20 @@ def _planned(choice: Choice, facts: Facts) -> tuple[PlannedCell, legality.Refusa
         context=choice.context,
         seed=choice.seed,
     )
+    planned, refusal = judged(cell, facts)
+    return replace(planned, notes=notes), refusal
+
+
+def judged(
+    cell: Cell, facts: Facts, added: bool = False
+) -> tuple[PlannedCell, legality.Refusal | None]:
+    """A resolved cell with its identities and planned figures, and why it is refused, if it is."""
     predicted = _predicted(cell, facts)
-    refusal = legality.refusal(cell, support, predicted, facts)
-    planned = _identified(cell, facts, added=False)
-    return (
-        replace(
-            planned,
-            status=None if refusal is None else refusal.status,
-            reason=None if refusal is None else refusal.reason,
-            notes=notes,
-            predicted=predicted,
-        ),
-        refusal,
-    )
+    refusal = legality.refusal(cell, registry.support(cell.method), predicted, facts)
+    planned = replace(identified(cell, facts, added), predicted=predicted)
+    if refusal is None:
+        return planned, None
+    return replace(planned, status=refusal.status, reason=refusal.reason), refusal
 
 
 def _calibrates(method: Method, support: MethodSupport) -> bool:
@@ -139,7 +140,7 @@ def _weight_bytes(cell: Cell, sizes: estimate.Architecture) -> float:
     return sizes.weight_bytes(float(cell.bits) if linear is None else linear(cell.bits, options))
 
 
-def _identified(cell: Cell, facts: Facts, added: bool) -> PlannedCell:
+def identified(cell: Cell, facts: Facts, added: bool) -> PlannedCell:
     """A cell with the identities that its configuration and contents give it."""
     artifact_id = _artifact_id(cell, facts)
     base = baseline.of(cell)
@@ -195,7 +196,7 @@ def _quality_options(cell: Cell) -> Mapping[str, Any]:
 
 
 def _cell_id(cell: Cell, quality_id: str, facts: Facts) -> str:
-    parts = [cell.model.name, facts.digest(cell.gpu), cell.slices.name]
+    parts = [cell.model.name, facts.device(cell.gpu), cell.slices.name]
     if _quality_options(cell) != cell.runtime.options:
         parts.append(facts.digest(cell.runtime.options))
     timing = [cell.runtime.speed_dtype, cell.runtime.threads]
@@ -206,12 +207,7 @@ def _baseline(planned: PlannedCell, facts: Facts) -> PlannedCell:
     cell = baseline.of(planned.cell)
     if cell == planned.cell:
         return planned
-    predicted = _predicted(cell, facts)
-    added = replace(_identified(cell, facts, added=True), predicted=predicted)
-    refusal = legality.refusal(cell, registry.support(cell.method), predicted, facts)
-    if refusal is None:
-        return added
-    return replace(added, status=refusal.status, reason=refusal.reason)
+    return judged(cell, facts, added=True)[0]
 
 
 def _ordered(cells: Sequence[PlannedCell]) -> list[PlannedCell]:

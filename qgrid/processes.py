@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import selectors
@@ -10,13 +11,14 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qgrid.envs.recipes import MAIN
 from qgrid.interpreters import UnknownInterpreter, interpreter, variables
-from qgrid.worker import FINGERPRINT, kill_group
+from qgrid.stopping import Stop, Stopped
+from qgrid.worker import kill_group
 
 __all__ = ["Ended", "UnknownInterpreter", "Worker", "WorkerLost", "interpreter"]
 
@@ -46,13 +48,19 @@ class Worker:
     """
 
     def __init__(
-        self, environment: str, log: Path, fingerprint: str, ahead: Sequence[str] = ()
+        self,
+        environment: str,
+        log: Path,
+        told: Mapping[str, str],
+        ahead: Sequence[str] = (),
+        stop: Stop | None = None,
     ) -> None:
+        """`told`: environment variables of the worker beside those of its environment."""
         self._command = [interpreter(environment), "-m", "qgrid.worker", *ahead]
         self._shown = None if environment == MAIN else tempfile.TemporaryDirectory(prefix="qgrid-")
         shown = None if self._shown is None else Path(self._shown.name)
-        self._variables = variables(environment, shown)
-        self._variables[FINGERPRINT] = fingerprint
+        self._variables = variables(environment, shown) | dict(told)
+        self._stop = stop
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._child: int | None = None
@@ -65,6 +73,7 @@ class Worker:
 
         Raises:
             WorkerLost: the parent was lost twice.
+            Stopped: the sweep was told to end; nothing of the stage is left running.
         """
         kills = oom_kills()
         try:
@@ -73,6 +82,9 @@ class Worker:
             self.close()
             self._command = self._command[:3]  # nothing ahead this time: it may be what hung
             code, timed_out = self._run(job, limit)
+        except Stopped:
+            self.close()
+            raise
         return Ended(code, timed_out, code == -signal.SIGKILL and oom_kills() > kills)
 
     def close(self) -> None:
@@ -102,15 +114,15 @@ class Worker:
         process = self._started()
         assert process.stdin is not None
         try:
-            process.stdin.write(os.fsencode(job) + b"\n")
+            process.stdin.write(json.dumps(str(job)).encode() + b"\n")  # any path is a line
             process.stdin.flush()
         except BrokenPipeError:
             raise WorkerLost("the worker ended before the stage started") from None
-        line = self._line(START_SECONDS)
+        line = self._line(START_SECONDS, heed=True)
         if line is None or not line.startswith("started "):
             raise WorkerLost(f"the worker did not start the stage in {START_SECONDS:g} s")
         self._child, self._child_ended = int(line.split()[1]), False
-        line = self._line(limit, watch=True)
+        line = self._line(limit, watch=True, heed=True)
         if line is not None:
             return self._ended(line), False
         timed_out = not self._child_ended
@@ -155,10 +167,11 @@ class Worker:
             raise WorkerLost("the worker does not report the end of its child")
         return self._ended(line)
 
-    def _line(self, seconds: float, watch: bool = False) -> str | None:
+    def _line(self, seconds: float, watch: bool = False, heed: bool = False) -> str | None:
         """The parent's next line, None after `seconds`.
 
-        With `watch`, the end of the child shortens the wait: the parent must report it soon.
+        With `watch`, the end of the child shortens the wait: the parent must report it soon. With
+        `heed`, the end of the sweep ends it.
         """
         process = self._process
         assert process is not None
@@ -168,9 +181,13 @@ class Worker:
             selector.register(process.stdout, selectors.EVENT_READ)
             if ending is not None:
                 selector.register(ending, selectors.EVENT_READ)
+            if heed and self._stop is not None:
+                selector.register(self._stop, selectors.EVENT_READ)
             while not self._lines:
                 left = deadline - time.monotonic()
                 ready = [key.fileobj for key, _ in selector.select(max(0.0, left))]
+                if self._stop in ready and self._stop is not None:
+                    self._stop.check()
                 if process.stdout in ready:
                     self._read(process)
                 elif ending is not None and ending in ready:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Stage, cell, count and estimated time left. The only place where a running sweep prints."""
+    """Stage, cell, count and estimated time left; for any number of threads.
+
+    The only place where a running sweep prints.
+    """
 
     def __init__(self, planned: Sequence[PlannedCell], stream: TextIO | None = None) -> None:
         self._stream = sys.stdout if stream is None else stream
@@ -25,15 +29,16 @@ class Progress:
         self._done = 0
         self._to_run = 0
         self._ran = 0
-        self._seconds = 0.0
-        self._begin = 0.0
-        self._current: PlannedCell | None = None
+        self._opened = 0.0
+        self._begun: dict[str, float] = {}  # cell id -> when
+        self._lock = threading.Lock()
         self._bar: Bar | None = None
         self._task: TaskID | None = None
 
     def open(self, num_to_run: int) -> None:
         """Begin; on a terminal the bar appears."""
         self._to_run = num_to_run
+        self._opened = time.monotonic()
         if self._stream.isatty():
             self._bar = _bar(self._stream)
             self._task = self._bar.add_task("", total=self._total, left="")
@@ -47,36 +52,40 @@ class Progress:
 
     def begin(self, planned: PlannedCell) -> None:
         """A cell starts."""
-        self._current = planned
-        self._begin = time.monotonic()
+        with self._lock:
+            self._begun[planned.cell_id] = time.monotonic()
 
-    def stage(self, stage: Stage) -> None:
-        """A stage of the current cell starts."""
-        assert self._current is not None
-        text = f"{self._labels[self._current.cell_id]}: {stage}"
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=text, left=self._left(), refresh=True)
-        else:
-            self.line(f"[{self._done + 1}/{self._total}] {text} ...")
+    def stage(self, planned: PlannedCell, stage: Stage) -> None:
+        """A stage of a cell starts."""
+        with self._lock:
+            text = f"{self._labels[planned.cell_id]}: {stage}"
+            if self._bar is not None and self._task is not None:
+                self._bar.update(self._task, description=text, left=self._left(), refresh=True)
+            else:
+                self._line(f"[{self._done + 1}/{self._total}] {text} ...")
 
     def end(self, planned: PlannedCell, record: Record, ran: bool, remark: str = "") -> None:
         """A cell is done; one that did not run now costs no time, and `remark` says why."""
-        self._done += 1
-        if ran:
-            seconds = time.monotonic() - self._begin
-            self._ran += 1
-            self._seconds += seconds
-            remark = f"in {seconds:.1f} s"
-        text = f"{record.status:<12} {self._labels[planned.cell_id]} {remark}".rstrip()
-        if record.error is not None:
-            text += f": {record.error.message}"
-        left = self._left() if ran else ""
-        self.line(f"[{self._done}/{self._total}] {text}{f' ({left})' if left else ''}")
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._done, left=left, refresh=True)
+        with self._lock:
+            self._done += 1
+            if ran:
+                self._ran += 1
+                seconds = time.monotonic() - self._begun[planned.cell_id]
+                remark = f"in {seconds:.1f} s"
+            text = f"{record.status:<12} {self._labels[planned.cell_id]} {remark}".rstrip()
+            if record.error is not None:
+                text += f": {record.error.message}"
+            left = self._left() if ran else ""
+            self._line(f"[{self._done}/{self._total}] {text}{f' ({left})' if left else ''}")
+            if self._bar is not None and self._task is not None:
+                self._bar.update(self._task, completed=self._done, left=left, refresh=True)
 
     def line(self, text: str) -> None:
         """Print one line, above the bar if there is one."""
+        with self._lock:
+            self._line(text)
+
+    def _line(self, text: str) -> None:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -91,7 +100,8 @@ class Progress:
         remaining = self._to_run - self._ran
         if self._ran == 0 or remaining <= 0:
             return ""
-        return f"about {duration(self._seconds / self._ran * remaining)} left"
+        each = (time.monotonic() - self._opened) / self._ran
+        return f"about {duration(each * remaining)} left"
 
 
 def labels(planned: Sequence[PlannedCell]) -> dict[str, str]:

@@ -18,6 +18,10 @@ class UnreadableRecord(ValueError):
     """A record that this version cannot read; the message names the file and the reason."""
 
 
+class DamagedRecord(UnreadableRecord):
+    """A record that no version can read: cut short, or not what its schema says."""
+
+
 def path(store: Path, cell_id: str) -> Path:
     """Where the record of a cell lies."""
     return store / "cells" / cell_id / "record.json"
@@ -36,7 +40,7 @@ def read(store: Path, cell_id: str) -> Record | None:
     """The record of a cell; None when there is none.
 
     Raises:
-        UnreadableRecord: it has another schema or does not follow it.
+        UnreadableRecord: it has another schema; `DamagedRecord`: it does not follow its own.
     """
     return load(path(store, cell_id))
 
@@ -47,6 +51,10 @@ def load(file: Path) -> Record | None:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
+    except UnicodeDecodeError as error:
+        raise DamagedRecord(
+            f"{file} is not text ({error.reason}); delete it to measure the cell again"
+        ) from None
     schema = _schema(file, text)
     if schema != RECORD_SCHEMA:
         raise UnreadableRecord(
@@ -56,7 +64,7 @@ def load(file: Path) -> Record | None:
     try:
         return codec.loads(Record, text)
     except codec.InvalidValue as error:
-        raise UnreadableRecord(
+        raise DamagedRecord(
             f"{file} does not follow `{RECORD_SCHEMA}`: {error};"
             " delete it to measure the cell again"
         ) from None
@@ -131,8 +139,8 @@ def _number(value: float | None) -> float | None:
 def _schema(file: Path, text: str) -> str:
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UnreadableRecord(
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DamagedRecord(
             f"{file} is not JSON ({error}); delete it to measure the cell again"
         ) from None
     return str(data.get("schema")) if isinstance(data, dict) else "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import fields
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
 
 OVERRIDES: ContextVar[tuple[str, ...]] = ContextVar("OVERRIDES", default=())  # of the grid
+COMMAND: ContextVar[tuple[str, ...]] = ContextVar("COMMAND", default=())  # as it was given
 DETACH: ContextVar[bool] = ContextVar("DETACH", default=False)  # set by `--detach`
 PLAN_ONLY: ContextVar[bool] = ContextVar("PLAN_ONLY", default=False)  # set by `qgrid plan`
 
@@ -46,6 +48,9 @@ def run(
         print(plan_table.render(planned))  # noqa: T201
         return
     plan_file = write_plan(planned, settings)
+    from qgrid import sweep_lock
+
+    sweep_lock.keep_command(plan_file.parent, COMMAND.get())
     returned = launcher.launch([[str(plan_file.parent)]], 0)
     raise SystemExit(max(int(each.return_value) for each in returned))
 
@@ -78,18 +83,47 @@ def read_plan(plan_file: Path) -> list[PlannedCell]:
     return [codec.loads(PlannedCell, line) for line in plan_file.read_text().splitlines()]
 
 
-def run_cells(plan_file: str, cell_ids: Sequence[str] | None = None) -> int:
-    """Run cells of a written plan (None: all) here and print their table; the exit code."""
-    from qgrid import controller, report
+def run_cells(
+    plan_file: str, cell_ids: Sequence[str] | None = None, slots: int | None = None
+) -> int:
+    """Run cells of a written plan (None: all) here and print their table; the exit code.
+
+    `slots`: how many at once; None: as the devices of this machine say.
+    """
+    from qgrid import controller, launch, leases
+    from qgrid import slots as places
 
     folder = Path(plan_file).parent
     settings = codec.loads(Settings, (folder / "settings.json").read_text())
     cells = read_plan(Path(plan_file))
     if cell_ids is not None:
         cells = [planned for planned in cells if planned.cell_id in set(cell_ids)]
-    code = controller.run(cells, settings, folder)
-    if code not in (controller.INTERRUPTED, controller.UNREADABLE):
-        report.rewrite(folder.parents[1], folder.name)
+    part = controller.Part(launch.new_id(), places.find(cells, slots))
+    (folder / "launches" / part.launch).mkdir(parents=True)
+    with leases.held(leases.of(folder.parents[1], "launches", part.launch)):
+        code = controller.run(cells, settings, folder, part)
+    return conclude(folder, code)
+
+
+def conclude(folder: Path, code: int) -> int:
+    """Write what a launch leaves beside its records, where it can; the exit code of the command."""
+    from qgrid import controller, records, report, sweep_lock
+    from qgrid.store import place
+
+    if code == controller.STORE_FAILED:
+        return 1
+    if code == controller.UNREADABLE:
+        return code
+    store, planned = folder.parents[1], read_plan(folder / "plan.jsonl")
+    try:
+        sweep_lock.write(folder, planned, list(records.read_all(store, planned).values()))
+        if code != controller.INTERRUPTED:
+            report.rewrite(store, folder.name)
+    except OSError as error:
+        if not place.is_unwritable(error):
+            raise
+        sys.stdout.write(f"{place.sentence(error)}\n")
+        return 1
     return code
 
 

@@ -89,6 +89,8 @@ class Gpu:
     memory_gib: NonNegativeFloat
     bandwidth_gb_s: PositiveFloat | None
     count: PositiveInt
+    gres: str | None = None  # what a cluster calls it, and what its nodes have: where to find it
+    constraint: str | None = None  # changes no number, so neither enters an id
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The worker: a warm parent that only imports, and a forked child for each stage.
 
-`python -m qgrid.worker` reads a path of a job file a line on stdin and writes `started PID` and
+`python -m qgrid.worker` reads the path of a job file as a line of JSON and writes `started PID` and
 `ended PID CODE` on stdout. The parent computes nothing and never touches a GPU: a child forked
 from a process that has computed would hang in its first parallel region. The child runs the stage,
 writes `result.json` into the job's folder and its output into `log.txt` beside it.
@@ -32,10 +32,12 @@ from typing import NoReturn
 
 from qgrid import codec, preload, records
 from qgrid.environment import own_part
+from qgrid.leases import LAUNCH
 from qgrid.types import Failure, Job, StageResult
 
 CAN_FORK = sys.platform == "linux"  # macOS has fork, but its own libraries do not survive it
 FINGERPRINT = "QGRID_FINGERPRINT"  # the controller's environment fingerprint, for the results
+CORES = "QGRID_CORES"  # those that a slot has to itself; absent: all
 PR_SET_PDEATHSIG = 1
 OOM_SCORE = "800"  # the kernel kills the stage before the controller
 
@@ -58,6 +60,8 @@ def main(arguments: Sequence[str]) -> int:
     """Serve jobs until stdin ends, or run the one of `--job FILE`."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    if CORES in os.environ and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, [int(core) for core in os.environ[CORES].split(",")])
     if list(arguments[:1]) == ["--job"]:
         _and_exit(lambda: run_alone(Path(arguments[1])))
     _Server(arguments).serve()
@@ -80,6 +84,7 @@ def run_job(path: Path) -> None:
         **result.environment,
         **own_part(),
         "fingerprint": os.environ.get(FINGERPRINT),
+        "launch": os.environ.get(LAUNCH),
         "baseline": None if job.baseline is None else Path(job.baseline).name,
         "stage_seconds": seconds,
         "imported": _newest_packages(len(sys.modules) - before),
@@ -132,7 +137,7 @@ class _Server:
             self._stop()
         *lines, self._buffer = (self._buffer + chunk).split(b"\n")
         for line in lines:
-            self._start(Path(os.fsdecode(line)))
+            self._start(Path(json.loads(line)))
 
     def _start(self, path: Path) -> None:
         stage, distributions = preload.needs(path)

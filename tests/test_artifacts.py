@@ -97,30 +97,6 @@ def test_result_survives_json(built: tuple[Job, StageResult]) -> None:
     assert codec.loads(StageResult, codec.dumps(result)) == result
 
 
-RACE = """
-import sys
-from pathlib import Path
-from qgrid import artifacts, codec
-from qgrid.types import Job
-job = codec.loads(Job, Path(sys.argv[1]).read_text())
-print(artifacts.build(job).observed["reused"])
-"""
-
-
-def test_two_processes_quantize_once(
-    tmp_path: Path, tiny_random: Path, make_cell: Callable[..., Cell]
-) -> None:
-    job = jobs.job(make_cell, tmp_path / "store", tiny_random, "rtn", 3)
-    (tmp_path / "job.json").write_text(codec.dumps(job))
-    command = [sys.executable, "-c", RACE, str(tmp_path / "job.json")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = sorted(process.communicate()[0].split()[-1] for process in both)
-    assert said == ["False", "True"]
-    assert [p.name for p in (tmp_path / "store/artifacts").iterdir() if p.is_dir()] == [
-        job.planned.artifact_id
-    ]
-
-
 # --- faults at build time ------------------------------------------------------------------------
 
 

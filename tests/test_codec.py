@@ -24,6 +24,22 @@ def test_every_problem_is_named_with_its_key_and_value() -> None:
     assert "`model.alow` is not a known key" in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["", '{"metric": "' + "x" * 10_000, b"\xff\xfe", "[" * 100_000])
+def test_what_is_no_json_is_said_to_be_none_and_not_repeated(text: str | bytes) -> None:
+    with pytest.raises(codec.InvalidValue) as caught:
+        codec.loads(Measurement, text)
+    assert str(caught.value).startswith("not JSON (")
+    assert len(str(caught.value)) < 200
+
+
+def test_a_long_value_is_shown_in_part() -> None:
+    with pytest.raises(codec.InvalidValue) as caught:
+        codec.convert(Measurement, {"metric": "ppl", "value": "x" * 10_000, "unit": "1"})
+    assert str(caught.value).startswith('`value="xxx')
+    assert str(caught.value).endswith("should be a valid number")
+    assert len(str(caught.value)) < 300
+
+
 def test_nested_keys_are_named_whole() -> None:
     item = {"path": "x", "scoring": "guess", "chat": True, "limit": None, "max_new_tokens": 8}
     with pytest.raises(codec.InvalidValue, match=r"slices\.items\.mine\.scoring=\"guess\""):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from qgrid import assembly, codec, controller, device, pipeline, records
+from qgrid import assembly, codec, controller, device, machine, pipeline, records
 from qgrid.controller import Sweep
 from qgrid.files import write_atomic
 from qgrid.progress import Progress
@@ -29,7 +29,8 @@ RUN = "import sys; from qgrid import sweep; sys.exit(sweep.run_cells(sys.argv[1]
 @pytest.fixture(autouse=True)
 def _plugins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     faults.install(monkeypatch)
-    monkeypatch.setattr("qgrid.files.machine_lock", lambda: tmp_path / "machine.lock")
+    monkeypatch.setattr("qgrid.files.machine_locks", lambda: tmp_path / "machine")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # the same for processes started from here
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_an_artifact_that_failed_is_not_tried_again_by_the_next_cell(
     cells = [light(model, "raise", outputs=outputs) for outputs in (2, 3)]
     run(cells, faults.settings(tmp_path / "store"))
     assert statuses(tmp_path / "store", cells) == ["crashed", "crashed"]
-    assert len(list((tmp_path / "store" / "cells").glob("*/artifact/job.json"))) == 1
+    assert len(list((tmp_path / "store" / "builds").glob("*/job.json"))) == 1
 
 
 def test_the_controller_s_own_fault_is_the_cell_s(
@@ -121,7 +122,7 @@ def test_the_controller_s_own_fault_is_the_cell_s(
     def broken(*_: object) -> bool:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("qgrid.artifacts.exists", broken)
+    monkeypatch.setattr("qgrid.records.load_result", broken)
     cell = light(model, "work")
     assert run([cell], faults.settings(tmp_path / "store"))[0] == 1
     record = records.read(tmp_path / "store", cell.cell_id)
@@ -134,7 +135,7 @@ def test_the_controller_s_own_fault_is_the_cell_s(
 
 
 def hanging_pids(store: Path, cell: PlannedCell) -> list[int]:
-    log = store / "cells" / cell.cell_id / "artifact" / "log.txt"
+    log = store / "builds" / cell.artifact_id / "log.txt"
     lines = log.read_text().splitlines() if log.exists() else []
     return [int(line.split()[1]) for line in lines if line.startswith("pid ")]
 
@@ -146,6 +147,7 @@ def test_an_interrupted_sweep_leaves_nothing_and_goes_on_next_time(
     store = tmp_path / "store"
     cells = [light(model, "allocate"), light(model, "hang")]
     process = start(cells, faults.settings(store))
+    faults.wait_for(lambda: records.read(store, cells[0].cell_id), "the first record")
     faults.wait_for(lambda: hanging_pids(store, cells[1]), "the hanging stage")
     process.send_signal(number)
     output, _ = process.communicate(timeout=faults.SECONDS)
@@ -169,6 +171,7 @@ def test_a_killed_controller_leaves_no_process_and_no_torn_record(
     store = tmp_path / "store"
     cells = [light(model, "allocate"), light(model, "deaf")]
     process = start(cells, faults.settings(store))
+    faults.wait_for(lambda: records.read(store, cells[0].cell_id), "the first record")
     faults.wait_for(lambda: len(hanging_pids(store, cells[1])) == 2, "the hanging stage")
     process.kill()
     process.communicate()
@@ -213,9 +216,9 @@ def test_a_record_decides(tmp_path: Path, model: Path, case: Case) -> None:
     cell = light(model, "work")
     settings = faults.settings(store, rerun=case.rerun, fresh=case.fresh)
     sweep = Sweep([cell], settings, faults.folder(store))
-    now = sweep._environment["fingerprint"] if case.same_environment else "another"
+    now = sweep._rule.fingerprint if case.same_environment else "another"
     known = {cell.cell_id: write_record(store, cell, case.status, now)}
-    assert sweep.decide(cell, known) == case.expected
+    assert sweep._rule.decide(cell, known[cell.cell_id]) == case.expected
 
 
 @pytest.mark.parametrize("metric", ["timing_cv", "busy_elsewhere", "merged_first_tokens"])
@@ -230,10 +233,10 @@ def test_an_unstable_timing_is_repeated_on_request(
         ((), 0.5, "done"),
     ):
         sweep = Sweep([cell], faults.settings(store, rerun=rerun), faults.folder(store))
-        now = sweep._environment["fingerprint"]
+        now = sweep._rule.fingerprint
         record = write_record(store, cell, "ok", now)
         measured = replace(record, measurements=(Measurement(metric, value, "1"),))
-        assert sweep.decide(cell, {cell.cell_id: measured}) == expected
+        assert sweep._rule.decide(cell, measured) == expected
 
 
 def test_a_cell_without_a_record_runs_and_a_refused_one_is_refused_once(
@@ -242,22 +245,22 @@ def test_a_cell_without_a_record_runs_and_a_refused_one_is_refused_once(
     cell = light(model, "work")
     refused = replace(cell, status="does_not_fit", reason="because")
     sweep = Sweep([cell], faults.settings(tmp_path), faults.folder(tmp_path))
-    assert sweep.decide(cell, {}) == "run"
-    assert sweep.decide(refused, {}) == "refuse"
+    assert sweep._rule.decide(cell, None) == "run"
+    assert sweep._rule.decide(refused, None) == "refuse"
     said = {cell.cell_id: write_record(tmp_path, refused, "does_not_fit", "any")}
-    assert sweep.decide(refused, said) == "done"
-    assert sweep.decide(replace(refused, reason="another"), said) == "refuse"
+    assert sweep._rule.decide(refused, said[cell.cell_id]) == "done"
+    assert sweep._rule.decide(replace(refused, reason="another"), said[cell.cell_id]) == "refuse"
     measured = {cell.cell_id: write_record(tmp_path, cell, "ok", "any")}
-    assert sweep.decide(refused, measured) == "done"
+    assert sweep._rule.decide(refused, measured[cell.cell_id]) == "done"
 
 
 def test_what_the_right_device_measured_is_kept_on_another(tmp_path: Path, model: Path) -> None:
     cell = light(model, "work")
     cell = replace(cell, cell=replace(cell.cell, gpu=replace(cell.cell.gpu, match="H100")))
     sweep = Sweep([cell], faults.settings(tmp_path, fresh=True), faults.folder(tmp_path))
-    assert sweep.decide(cell, {}) == "wrong_device"
+    assert sweep._rule.decide(cell, None) == "wrong_device"
     known = {cell.cell_id: write_record(tmp_path, cell, "ok", "another")}
-    assert sweep.decide(cell, known) == "done"
+    assert sweep._rule.decide(cell, known[cell.cell_id]) == "done"
 
 
 @pytest.mark.parametrize(
@@ -317,7 +320,7 @@ def grid(tiny_random: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         faults.install(patch)
         store = tmp_path_factory.mktemp("grid")
         base = faults.planned(faults.cell(tiny_random))
-        patch.setattr("qgrid.files.machine_lock", lambda: store / "machine.lock")
+        patch.setattr("qgrid.files.machine_locks", lambda: store / "machine")
         other = faults.planned(faults.cell(tiny_random, outputs=3))
         failing = [
             faults.cell(tiny_random, quality="abort"),
@@ -354,7 +357,7 @@ def test_artifact_and_quality_are_shared_by_cells(grid: Grid) -> None:
     assert base.quality_id == other.quality_id
     folder = grid.store / "cells" / other.cell_id
     assert (folder / "speed" / "result.json").exists()
-    assert not (folder / "artifact").exists()
+    assert [path.name for path in (grid.store / "builds").iterdir()] == [base.artifact_id]
     asked = [json.loads((p / "job.json").read_text()) for p in (grid.store / "quality").glob("*/")]
     assert [job["planned"]["cell_id"] for job in asked].count(other.cell_id) == 0
 
@@ -420,16 +423,16 @@ def test_a_timing_holds_the_machine_alone() -> None:
     timing, release = threading.Event(), threading.Event()
 
     def time_alone() -> None:
-        with pipeline.machine(alone=True):
+        with machine.hold(alone=True):
             timing.set()
             release.wait(faults.SECONDS)
             order.append("timed")
 
     def score() -> None:
-        with pipeline.machine(alone=False):
+        with machine.hold(alone=False):
             order.append("scored")
 
-    with pipeline.machine(alone=False):
+    with machine.hold(alone=False):
         other = threading.Thread(target=score)
         other.start()
         other.join(faults.SECONDS)  # scoring goes beside scoring
@@ -475,7 +478,7 @@ def test_progress_names_what_varies(model: Path) -> None:
     ]
     progress.open(2)
     progress.begin(cells[0])
-    progress.stage("speed")
+    progress.stage(cells[0], "speed")
     failure = Failure("crashed", "why")
     record = assembly.refused(cells[0], "crashed", "why", {})
     assert record.error == failure
@@ -499,7 +502,7 @@ def test_a_terminal_gets_a_bar(model: Path, monkeypatch: pytest.MonkeyPatch) -> 
     progress = Progress(cells, text)
     progress.open(2)
     progress.begin(cells[0])
-    progress.stage("quality")
+    progress.stage(cells[0], "quality")
     progress.line("[3/4] not markup")
     progress.end(cells[0], assembly.refused(cells[0], "oom", "why", {}), ran=True)
     progress.close()

@@ -105,6 +105,6 @@ def test_a_cache_of_the_user_s_own_wherever_home_is(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     found = files.user_cache("QGRID_X", "x")
-    assert found == files.machine_lock().parent / "qgrid" / "x"
+    assert found == files.machine_locks().parent / "qgrid" / "x"
     monkeypatch.setenv("QGRID_X", "named")
     assert files.user_cache("QGRID_X", "x") == Path.cwd() / "named"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qgrid import choices, config, plan, sweep
+from qgrid import choices, codec, config, plan, sweep
 from qgrid.facts import Facts
 from qgrid.files import HashCache
 from qgrid.types import Choice, PlannedCell
@@ -216,3 +216,19 @@ def test_a_format_that_a_runtime_lacks_names_one_that_loads_it(planned: Plan) ->
         planned("method=gguf", "bits=4")
     with pytest.raises(plan.EmptyGrid, match=r"has no `kv_cache=int2` \(has: auto16, int8"):
         planned("method=gguf", "bits=4", "runtime=llama_cpp", "kv_cache=int2")
+
+
+def test_how_a_cluster_finds_a_card_is_in_no_id(planned: Plan, facts: Facts) -> None:
+    """The ids of stores from before these keys stay what they were."""
+    gpu = planned("method=none", "gpu=h100")[0].cell.gpu
+    assert gpu.gres == "h100"
+    known = ("name", "kind", "match", "capability", "memory_gib", "bandwidth_gb_s", "count")
+    assert facts.device(gpu) == codec.digest({name: getattr(gpu, name) for name in known})
+    plain, moved = (
+        planned("method=none,rtn", "bits=4", "gpu=h100", f"gpu.gres={gres}", f"gpu.constraint={of}")
+        for gres, of in (("null", "null"), ("nvidia_h100_80gb", "nvlink"))
+    )
+    assert [p.cell.gpu.gres for p in moved] == ["nvidia_h100_80gb"] * 2
+    ids = ("cell_id", "artifact_id", "quality_id", "baseline_cell_id")
+    for before, after in zip(plain, moved, strict=True):
+        assert [getattr(before, key) for key in ids] == [getattr(after, key) for key in ids]

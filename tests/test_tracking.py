@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from qgrid import codec, files, records, tracking, wandb_run
+from qgrid import codec, files, machine, records, tracking, wandb_run
 from qgrid.types import (
     RECORD_SCHEMA,
     Cell,
@@ -308,7 +308,7 @@ def test_it_waits_while_a_timing_runs(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     records.write(tmp_path, pair[0])
-    with files.locked(files.machine_lock()):
+    with machine.hold(alone=True):
         mirror = tracking.start(TARGET, "grid", tmp_path)
         mirror.log(pair[0])
         time.sleep(4)

@@ -16,9 +16,13 @@ import pytest
 from qgrid import endings, preload, processes, records
 from qgrid.processes import Worker
 from qgrid.types import Job, StageResult
+from qgrid.worker import FINGERPRINT
 from tests import faults
 
 MODEL = Path("/nonexistent")
+
+
+TOLD = {FINGERPRINT: "f00d"}
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +44,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """One warm parent for all tests of this file: it must survive whatever its children do."""
     with pytest.MonkeyPatch.context() as patch:
         faults.install(patch)
-        made = Worker("main", tmp_path_factory.mktemp("worker") / "worker.log", "f00d")
+        made = Worker("main", tmp_path_factory.mktemp("worker") / "worker.log", TOLD)
         yield made
         made.close()
 
@@ -116,7 +120,7 @@ def test_a_kill_by_the_kernel_for_memory_is_oom(
 ) -> None:
     with faults.memory_cgroup(256 << 20) as group:
         monkeypatch.setenv("QGRID_FAULTS_CGROUP", str(group))
-        worker = Worker("main", tmp_path / "worker.log", "f00d")
+        worker = Worker("main", tmp_path / "worker.log", TOLD)
         status, message = reason(run(worker, job_file(tmp_path, model, "cgroup")))
         worker.close()
     assert status == "oom"
@@ -182,7 +186,7 @@ def test_a_parent_that_hangs_does_not_hang_the_controller(
 def test_a_killed_controller_leaves_no_process(tmp_path: Path, model: Path) -> None:
     code = (
         "import sys, pathlib; from qgrid.processes import Worker\n"
-        "Worker('main', pathlib.Path(sys.argv[1]), 'x').run(pathlib.Path(sys.argv[2]), 600)"
+        "Worker('main', pathlib.Path(sys.argv[1]), {}).run(pathlib.Path(sys.argv[2]), 600)"
     )
     job = job_file(tmp_path, model, "deaf")
     controller = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "log"), str(job)])
@@ -210,7 +214,7 @@ def test_a_child_of_a_parent_that_touched_the_gpu_starts_afresh(
         "sys.modules['torch'] = types.SimpleNamespace(cuda=cuda)\n"
         "worker.main([])"
     )
-    worker = Worker("main", tmp_path / "worker.log", "f00d")
+    worker = Worker("main", tmp_path / "worker.log", TOLD)
     worker._command = [sys.executable, "-c", code]
     result = run(worker, job_file(tmp_path, model, "raise"))
     worker.close()
@@ -239,7 +243,7 @@ def test_what_a_job_needs_is_known_without_importing_it(tmp_path: Path, model: P
 
 def test_an_unknown_environment_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(processes.UnknownInterpreter, match="no environment `vlm` to build"):
-        Worker("vlm", tmp_path / "log", "x")
+        Worker("vlm", tmp_path / "log", {})
 
 
 def test_a_stage_of_the_main_environment_is_told_by_the_record(

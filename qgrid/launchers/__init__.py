@@ -15,7 +15,14 @@ FILE = "launcher.json"  # in the sweep's folder: what `resume` starts again
 
 
 class Launcher(Protocol):
-    """A file of this folder."""
+    """A file of this folder.
+
+    It may also offer:
+
+    * `standing(folder) -> dict[str, Standing]`: where cells stand that are neither done nor running
+      here, by cell id (`qgrid/queued.py`);
+    * `cancel(folder) -> list[str]`: end what it has under way for a sweep; a line for each.
+    """
 
     REMOTE: bool  # cells run on other machines: `gpu=auto` means nothing there
     Options: type  # frozen dataclass of what its YAML may say
@@ -46,7 +53,7 @@ def choose(name: str, options: Mapping[str, Any]) -> Chosen:
     Raises:
         codec.InvalidValue: an option, its value and what is allowed.
     """
-    checked = codec.convert(module(name).Options, options, "hydra.launcher")
+    checked: Any = codec.convert(module(name).Options, options, "hydra.launcher")
     return Chosen(name, codec.plain(checked))
 
 
@@ -54,7 +61,7 @@ def launch(folder: Path, chosen: Chosen, detach: bool) -> int:
     """Write down what was chosen, for `resume`, and launch; the exit code."""
     write_atomic(folder / FILE, codec.dumps(chosen, indent=1) + "\n")
     each = module(chosen.name)
-    options = codec.convert(each.Options, chosen.options, "hydra.launcher")
+    options: Any = codec.convert(each.Options, chosen.options, "hydra.launcher")
     return each.launch(folder, options, detach)
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import PositiveInt
 
+from qgrid import leases
+
 REMOTE = False
+LOG = "detached.log"
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,42 @@ class Options:
 
 def launch(folder: Path, options: Options, detach: bool) -> int:
     """Run the cells of a sweep here; the exit code."""
+    if detach:
+        return _detach(folder)
     from qgrid import sweep
 
-    return sweep.run_cells(str(folder / "plan.jsonl"), None)
+    return sweep.run_cells(str(folder / "plan.jsonl"), slots=options.slots)
+
+
+def cancel(folder: Path) -> list[str]:
+    """End every launch of the sweep that runs on this machine; a line for each that runs."""
+    said = []
+    for launch_folder in sorted((folder / "launches").glob("*")):
+        owner = leases.owner(leases.of(folder.parents[1], "launches", launch_folder.name))
+        if owner is None:
+            continue
+        if owner.is_here:
+            os.kill(owner.pid, signal.SIGTERM)
+            said.append(f"process {owner.pid} was told to end")
+        else:
+            said.append(f"process {owner.pid} runs on {owner.host}; give this command there")
+    return said
+
+
+def _detach(folder: Path) -> int:
+    """Go on in a process of its own that outlives the terminal."""
+    log = folder / LOG
+    command = [sys.executable, "-m", "qgrid", "resume", folder.name, f"out={folder.parents[1]}"]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    sys.stdout.write(
+        f"process {process.pid} goes on (its output: {log}); "
+        f"`python -m qgrid status {folder.name}` tells how far it is\n"
+    )
+    return 0

@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from qgrid.runtimes._vllm_process import VllmServer
     from qgrid.types import Cell
 
-__all__ = ["LOADS", "Options", "kv_bits", "load", "quality_options", "refusal", "serve"]
+__all__ = [
+    "LOADS",
+    "Options",
+    "deterministic",
+    "kv_bits",
+    "load",
+    "quality_options",
+    "refusal",
+    "serve",
+]
 
 LOADS = RuntimeSupport(
     loads={"cpu": formats.FORMATS, "cuda": formats.FORMATS},
@@ -27,6 +36,11 @@ LOADS = RuntimeSupport(
     packages=("vllm", "torch", "transformers", "compressed-tensors"),
     environment="vllm",
 )
+
+
+def deterministic(cell: Cell) -> bool:
+    """As tried on a CPU; its CUDA kernels compute a row by what else is in the batch."""
+    return cell.gpu.kind == "cpu"
 
 
 def refusal(cell: Cell) -> str | None:

@@ -23,8 +23,11 @@ from qgrid import (
 )
 from qgrid.envs.builds import Build
 from qgrid.types import DeviceKind, Job, MethodSupport
+from qgrid.worker import FINGERPRINT
 from tests import faults
 from tests.envs.conftest import KIND, NAME, forget
+
+TOLD = {FINGERPRINT: "f00d"}
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def test_a_stage_runs_in_another_interpreter_and_says_so(
     artifact = store / "artifacts" / planned.artifact_id
     job = Job("artifact", planned, str(artifact), None, str(out), str(store))
     records.save(out / "job.json", job)
-    worker = processes.Worker(NAME, tmp_path / "worker.log", "f00d", ("bitsandbytes",))
+    worker = processes.Worker(NAME, tmp_path / "worker.log", TOLD, ("bitsandbytes",))
     try:
         ended = worker.run(out / "job.json", faults.SECONDS)
         assert worker._process is not None
@@ -133,14 +136,14 @@ def test_packages_on_the_user_s_python_path_are_not_those_of_another_environment
 
 
 def test_what_a_worker_was_shown_is_removed_and_qgrid_is_not(built: Build, tmp_path: Path) -> None:
-    worker = processes.Worker(NAME, tmp_path / "worker.log", "f00d")
+    worker = processes.Worker(NAME, tmp_path / "worker.log", TOLD)
     assert worker._shown is not None
     shown = Path(worker._shown.name)
     assert (shown / "qgrid").samefile(Path(qgrid.__file__).parent)
     worker._shown.cleanup()
     assert not shown.exists()
     assert Path(qgrid.__file__).is_file()
-    assert processes.Worker("main", tmp_path / "worker.log", "f00d")._shown is None
+    assert processes.Worker("main", tmp_path / "worker.log", TOLD)._shown is None
 
 
 def test_what_is_missing_is_told_with_the_command_that_builds_it(

@@ -14,7 +14,7 @@ import pytest
 from qgrid import artifacts, assembly, environment
 from qgrid.facts import REMOTE
 from qgrid.files import HashCache
-from qgrid.pipeline import Outcome
+from qgrid.launch import Outcome
 from qgrid.types import Cell, Gpu, PlannedCell
 from tests.servers import cells
 

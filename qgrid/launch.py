@@ -1,0 +1,81 @@
+"""One launch of a sweep: what its pipelines share, and what each cell comes to."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+from qgrid import records
+from qgrid.stopping import Stop
+from qgrid.types import Check, Manifest, PlannedCell, Settings, Stage, StageResult
+
+
+def new_id() -> str:
+    """The name of a launch."""
+    return uuid4().hex[:12]
+
+
+@dataclass
+class Outcome:
+    """What the stages of one cell gave; `seconds` is the controller's time by purpose."""
+
+    results: dict[Stage, StageResult] = field(default_factory=dict)
+    ran: set[Stage] = field(default_factory=set)  # in this run; the others were on disk
+    baseline: PlannedCell | None = None  # what quality was compared with
+    manifest: Manifest | None = None
+    checks: tuple[Check, ...] = ()  # of the artifact, before this use
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the block's wall time to `name`."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begin
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the pipelines of one sweep share: its cells, and what each came to so far."""
+
+    cells: Mapping[str, PlannedCell]  # by cell id; also those that only others compare with
+    settings: Settings
+    folder: Path  # of the sweep
+    fingerprint: str  # of this machine's environment
+    id: str
+    announce: Callable[[PlannedCell, Stage], None]
+    stop: Stop = field(default_factory=Stop)
+    made: dict[str, StageResult] = field(default_factory=dict)  # by artifact id
+    scored: dict[str, StageResult] = field(default_factory=dict)  # by quality id
+
+    @property
+    def store(self) -> Path:
+        """The root of all outputs."""
+        return self.folder.parents[1]
+
+    def baseline(self, planned: PlannedCell) -> PlannedCell | None:
+        """The 16-bit cell that another compares with, of this plan or as its record tells it."""
+        if planned.baseline_cell_id is None:
+            return None
+        found = self.cells.get(planned.baseline_cell_id)
+        if found is not None:
+            return found
+        try:
+            record = records.read(self.store, planned.baseline_cell_id)
+        except records.UnreadableRecord:
+            return None
+        if record is None:
+            return None
+        ids = (record.cell_id, record.artifact_id, record.quality_id, record.baseline_cell_id)
+        return PlannedCell(*ids, cell=record.cell, added=True)
+
+    def ended(self, result: StageResult | None) -> bool:
+        """Whether a stage ended in this launch, in this process or in another."""
+        return result is not None and result.environment.get("launch") == self.id

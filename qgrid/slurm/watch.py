@@ -1,0 +1,287 @@
+"""A launcher's life: submit, wait for the records, submit again what vanished, print the tables."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from qgrid import assembly, attempts, codec, controller, environment, leases, records
+from qgrid import launch as launches
+from qgrid import sweep as sweeps
+from qgrid.controller import INTERRUPTED, UNREADABLE
+from qgrid.progress import Progress
+from qgrid.slurm import client, script, submissions
+from qgrid.slurm.options import Options
+from qgrid.slurm.queue import Look
+from qgrid.slurm.submissions import Submission
+from qgrid.slurm.submitting import Sweep, submit
+from qgrid.slurm.wanted import Wanted
+from qgrid.store import place
+from qgrid.types import Failure, PlannedCell, Settings, Status
+
+REFUSED = 2  # exit code: Slurm takes no job as it was asked
+LOOKS = 2  # that must miss a task before it counts as gone: a record may show late
+
+
+def run(folder: Path, options: Options, detach: bool) -> int:
+    """Bring the cells of a sweep to records; `detach`: return once they are submitted.
+
+    Returns:
+        0; 1 when a cell ended in a failure, none is ok, some have no record, or the store cannot be
+        written to; 2 when Slurm refuses a job or a record cannot be read; 130 when interrupted:
+        the jobs go on.
+    """
+    name = folder.name
+    try:
+        with _interruptible():
+            watch = Watch(folder, options)
+            watch.begin()
+            if detach:
+                _print(f"`qgrid status {name}` tells how far it is; `qgrid resume {name}` waits")
+                return 0
+            watch.wait()
+    except KeyboardInterrupt:
+        _print(
+            f"the jobs go on without this command: `qgrid status {name}` tells how far they are, "
+            f"`qgrid resume {name}` waits again, `qgrid cancel {name}` ends them"
+        )
+        return sweeps.conclude(folder, INTERRUPTED)
+    except OSError as error:
+        if not place.is_unwritable(error):
+            raise
+        _print(place.sentence(error))
+        return 1
+    except (client.SlurmError, script.UnsafeValue, records.UnreadableRecord) as error:
+        print(f"qgrid: {error}", file=sys.stderr)  # noqa: T201
+        return UNREADABLE if isinstance(error, records.UnreadableRecord) else REFUSED
+    return watch.finish()
+
+
+class Watch:
+    """One launcher at work. Whoever launches beside it joins its launch and waits, too."""
+
+    def __init__(self, folder: Path, options: Options) -> None:
+        submissions.check(folder)
+        settings = codec.loads(Settings, (folder / "settings.json").read_text(encoding="utf-8"))
+        planned = tuple(sweeps.read_plan(folder / "plan.jsonl"))
+        self._sweep = Sweep(folder, planned, settings, options, client.cluster())
+        self._progress = Progress(planned)
+        self._waiting: dict[str, PlannedCell] = {}  # cells without their record, by id
+        self._missed: Counter[str] = Counter()  # looks that found neither task nor record
+        self._cancelled: set[str] = set()
+        self._said = ""
+
+    def begin(self) -> None:
+        """Submit what is neither done nor queued; refuse what the plan refuses."""
+        sweep = self._sweep
+        with leases.held(sweep.lease):
+            seen = sweep.look()
+            joined = seen.live_launches()
+            self._launch = joined[-1] if joined else launches.new_id()
+            self._wanted = Wanted(sweep.store, sweep.settings, self._launch)
+            self._refuse()
+            cells = self._wanted.cells(sweep.planned)
+            self._waiting = {each.cell_id: each for each in cells}
+            live = seen.live_cells()
+            new = [each for each in cells if each.cell_id not in live]
+            submitted = submit(sweep, self._wanted, seen, self._launch, new) if new else []
+        self._announce(len(cells) - len(new), submitted)
+
+    def wait(self) -> None:
+        """Until every cell has its record, or nothing is left that could bring it one."""
+        self._progress.open(len(self._waiting))
+        try:
+            while self._waiting:
+                seen = self._look()
+                if seen is not None:
+                    self._settle(seen)
+                    self._say(seen)
+                    if self._waiting and not self._goes_on(seen):
+                        return
+                if self._waiting:
+                    time.sleep(self._sweep.options.poll_seconds)
+        finally:
+            self._progress.close()
+
+    def finish(self) -> int:
+        """Write and print the tables; the exit code."""
+        sweep = self._sweep
+        try:
+            found = records.read_all(sweep.store, sweep.planned)
+        except records.UnreadableRecord as error:
+            _print(str(error))
+            return UNREADABLE
+        ended = [each for each in sweep.planned if each.cell_id in found]
+        judged = controller.Sweep(ended, sweep.settings, sweep.folder, self._progress)
+        judged.records = found
+        code = judged.verdict()
+        without = len(sweep.planned) - len(ended)
+        if without:
+            line = f"{without} cells have no record; `qgrid resume {sweep.folder.name}` goes on"
+            self._progress.line(line)
+        return sweeps.conclude(sweep.folder, 1 if without else code)
+
+    def _refuse(self) -> None:
+        """Write the records of cells that the plan refuses: they need no machine."""
+        refused = [each for each in self._sweep.planned if each.status is not None]
+        if refused:
+            part = controller.Part(self._launch)
+            sweep = self._sweep
+            quiet = Progress(refused, io.StringIO())
+            controller.Sweep(refused, sweep.settings, sweep.folder, quiet, part).run()
+
+    def _announce(self, queued: int, submitted: Sequence[Submission]) -> None:
+        cells = sum(len(task.cells) for each in submitted for task in each.tasks)
+        builds = sum(len(task.builds) for each in submitted for task in each.tasks)
+        done = len(self._sweep.planned) - cells - queued
+        words = {"done before or refused": done, "queued already": queued, "submitted": cells}
+        counted = ", ".join(f"{count} {word}" for word, count in words.items() if count)
+        self._progress.line(f"{len(self._sweep.planned)} cells: {counted}")
+        if submitted:
+            jobs = ", ".join(str(each.job) for each in submitted)
+            made = f", {builds} artifacts first" if builds else ""
+            self._progress.line(f"launch {self._launch}: jobs {jobs}{made}")
+
+    def _look(self) -> Look | None:
+        """The queue; None, with a line, while Slurm's controller does not answer."""
+        try:
+            return self._sweep.look()
+        except client.Silent as error:
+            self._tell(f"{error}; asking again")
+            return None
+
+    def _settle(self, seen: Look) -> None:
+        """Tell of each record that has come, and wait for it no more."""
+        tasks = seen.latest()
+        for cell_id, planned in list(self._waiting.items()):
+            submission_state = tasks.get(cell_id)
+            ended = submission_state is not None and submission_state[1].state == "COMPLETED"
+            # a task that says all is done may have found the record of another launch good
+            if self._wanted.needs(planned) and not (ended and self._wanted.has_record(planned)):
+                continue
+            del self._waiting[cell_id]
+            record = records.read(self._sweep.store, cell_id)
+            if record is not None:
+                self._progress.end(planned, record, ran=False)
+
+    def _goes_on(self, seen: Look) -> bool:
+        """Submit again what vanished; False when nothing is left to wait for."""
+        live, last = seen.live_cells(), seen.latest()
+        gone = []
+        for cell_id, planned in list(self._waiting.items()):
+            state = last[cell_id][1].state if cell_id in last else None
+            if cell_id in live:
+                self._missed.pop(cell_id, None)
+            elif state == "CANCELLED":
+                self._cancelled.add(cell_id)
+                del self._waiting[cell_id]
+            else:
+                self._missed[cell_id] += 1
+                if self._missed[cell_id] >= LOOKS:
+                    gone.append(planned)
+        if gone:
+            self._again()
+        if self._cancelled and not self._waiting:
+            self._progress.line(f"{len(self._cancelled)} cells were cancelled in the queue")
+        return bool(self._waiting)
+
+    def _again(self) -> None:
+        """Submit what vanished once more, and give up what was submitted often enough."""
+        sweep = self._sweep
+        with leases.held(sweep.lease):
+            seen = sweep.look()
+            live, last = seen.live_cells(), seen.latest()
+            times = Counter(
+                cell
+                for each in seen.submitted
+                if each.launch == self._launch
+                for task in each.tasks
+                for cell in task.cells
+            )
+            again = []
+            for cell_id, planned in list(self._waiting.items()):
+                if cell_id in live or self._missed[cell_id] < LOOKS:
+                    continue
+                if not self._wanted.needs(planned):  # it came meanwhile
+                    continue
+                if times[cell_id] < sweep.options.attempts:
+                    again.append(planned)
+                else:
+                    self._give_up(planned, last.get(cell_id))
+            self._missed.clear()
+            if again:
+                self._progress.line(f"{len(again)} cells ended without a record; submitted again")
+                submit(sweep, self._wanted, seen, self._launch, again)
+
+    def _give_up(
+        self, planned: PlannedCell, last: tuple[Submission, client.TaskState] | None
+    ) -> None:
+        """Write the record of a cell whose tasks all ended without one."""
+        store = self._sweep.store
+        folder = records.path(store, planned.cell_id).parent
+        earlier = attempts.earlier(folder, self._launch)
+        failure = _failure(earlier, last)
+        lease = leases.attempt(leases.of(store, "cells", planned.cell_id))
+        if lease is None:
+            return
+        now = {**environment.provenance(), **environment.momentary(), "launch": self._launch}
+        try:
+            records.write(store, assembly.refused(planned, failure.status, failure.message, now))
+        finally:
+            lease.release()
+
+    def _say(self, seen: Look) -> None:
+        """A line when what the rest waits for has changed."""
+        live = [state for *_, state in seen.tasks() if seen.is_live(state)]
+        waiting = {state.reason for state in live if state.state == "PENDING"}
+        running = any(state.state == "RUNNING" for state in live)
+        if live and not running:
+            self._tell(f"{len(live)} tasks wait in the queue: {', '.join(sorted(waiting))}")
+
+    def _tell(self, text: str) -> None:
+        """Print a line, unless it is the one that was printed last."""
+        if text != self._said:
+            self._said = text
+            self._progress.line(text)
+
+
+def _failure(
+    earlier: attempts.Earlier, last: tuple[Submission, client.TaskState] | None
+) -> Failure:
+    """Why a cell is given up, with the place of the log where there is one."""
+    status: Status = "timeout" if earlier.why == attempts.TIME_LIMIT else "crashed"
+    said = earlier.sentence if earlier.count else "its tasks ended before they began it"
+    if last is None:
+        return Failure(status, said)
+    submission, state = last
+    log = f"launches/{submission.launch}/logs/{submission.array}-{state.index}.log"
+    hint = "; raise `hydra.launcher.memory_gib`" if state.state == "OUT_OF_MEMORY" else ""
+    return Failure(status, f"{said}; task {state.label} ended as {state.state} (see {log}){hint}")
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM and a lost terminal end the wait as Ctrl-C does."""
+
+    def end(_: int, __: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)  # noqa: T201

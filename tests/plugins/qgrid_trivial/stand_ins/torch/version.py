@@ -1,0 +1,3 @@
+"""The line that qgrid reads without importing torch."""
+
+cuda: str | None = None
