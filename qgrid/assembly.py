@@ -26,6 +26,10 @@ from qgrid.types import (
 )
 
 
+class DamagedItems(ValueError):
+    """Results per item that cannot be read."""
+
+
 def refused(
     planned: PlannedCell, status: Status, reason: str, environment: Mapping[str, Any]
 ) -> Record:
@@ -194,8 +198,13 @@ def _changes(
 
 
 def _items(store: Path, quality_id: str) -> list[dict[str, Any]] | None:
+    file = store / "quality" / quality_id / "items.jsonl"
     try:
-        text = (store / "quality" / quality_id / "items.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         return None
-    return [json.loads(line) for line in text.splitlines()]
+    except ValueError:
+        raise DamagedItems(
+            f"{file} is damaged; `python -m qgrid fsck` sets it aside, and the same command "
+            "measures it again"
+        ) from None

@@ -17,6 +17,7 @@ from qgrid.store.subjects import Subject
 
 USAGE = "[out=FOLDER] [--dry-run] [--full]"
 DONE: dict[Remedy, str] = {"set aside": "set aside", "remove": "removed"}
+SHARED = ("artifacts", "quality results")  # cells read them under no lease of their own
 COUNTED = ("records", "artifacts", "quality results", "plans")
 
 
@@ -41,7 +42,6 @@ class _Check:
     def __init__(self, store: Path, dry: bool) -> None:
         self._store = store
         self._dry = dry
-        self._at_work = needs.at_work(store)
         self._seen: Counter[str] = Counter()
         self._mended = 0
         self._left = 0
@@ -102,7 +102,7 @@ class _Check:
     @contextlib.contextmanager
     def _owned(self, subject: Subject, fault: Fault) -> Iterator[bool]:
         """Hold the lease of a subject, if it has one; whether that was possible."""
-        if subject.path.name in self._at_work:
+        if subject.kind in SHARED and subject.path.name in needs.at_work(self._store):
             self._leave(subject.path, f"{fault.text}; a cell at work uses it: try again later")
             yield False
         elif subject.lease is None or (self._dry and leases.owner(subject.lease) is None):

@@ -27,7 +27,7 @@ from uuid import uuid4
 
 from qgrid import codec
 
-Kind = Literal["cells", "quality", "artifacts", "sweeps", "launches"]
+Kind = Literal["cells", "quality", "artifacts", "sweeps", "launches", "mirrors"]
 SECONDS = "QGRID_LEASE_SECONDS"  # variable: how long a silent owner of another machine is believed
 LAUNCH = "QGRID_LAUNCH"  # variable: the launch that this process works for
 JOB = "QGRID_JOB"  # variable: the cluster's name of this job

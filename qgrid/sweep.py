@@ -116,9 +116,10 @@ def conclude(folder: Path, code: int) -> int:
         return code
     store, planned = folder.parents[1], read_plan(folder / "plan.jsonl")
     try:
-        sweep_lock.write(folder, planned, list(records.read_all(store, planned).values()))
+        found = list(records.read_all(store, planned).values())
+        sweep_lock.write(folder, planned, found)
         if code != controller.INTERRUPTED:
-            report.rewrite(store, folder.name)
+            report.show(folder, planned, found)
     except OSError as error:
         if not place.is_unwritable(error):
             raise

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
-from qgrid import codec
-from qgrid.files import locked, write_atomic
+from qgrid import codec, leases
+from qgrid.files import write_atomic
 from qgrid.types import Measurement, Record, Tracking
 
 Mode = Literal["online", "offline"]
@@ -219,6 +219,7 @@ class Ledger:
 
     def __init__(self, store: Path) -> None:
         self._folder = store / "wandb"
+        self._lease = leases.of(store, "mirrors", "wandb")
         self._path = self._folder / "mirrored.json"
 
     def has(self, made: Content, tracking: Tracking, mode: Mode) -> bool:
@@ -245,7 +246,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[dict[str, dict[str, str]]]:
-        with locked(self._path.with_suffix(".lock")):
+        with leases.held(self._lease):
             entries = self._read()
             yield entries
             write_atomic(self._path, json.dumps(entries, indent=1))

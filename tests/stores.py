@@ -75,6 +75,7 @@ def install(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
     trivial.install(monkeypatch)
     temporary.mkdir(exist_ok=True)
     monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
 
 
 def original(temporary: Path) -> Made:

@@ -20,8 +20,10 @@ from qgrid import assembly, codec, controller, device, machine, pipeline, record
 from qgrid.controller import Sweep
 from qgrid.files import write_atomic
 from qgrid.progress import Progress
+from qgrid.slots import Slot
 from qgrid.types import Failure, Measurement, PlannedCell, Record, Settings, Status
 from tests import faults
+from tests.drills import trivial
 
 RUN = "import sys; from qgrid import sweep; sys.exit(sweep.run_cells(sys.argv[1], sys.argv[2:]))"
 
@@ -518,3 +520,49 @@ def test_a_path_that_looks_like_a_secret_reaches_the_stage(
     store = tmp_path / "department-of-models" / ("0123456789" * 4)
     _, lines = run([light(model, "work")], faults.settings(store))
     assert "there is no safetensors or GGUF file" in "".join(lines)  # what the stage itself found
+
+
+# --- several slots -------------------------------------------------------------------------------
+
+
+def test_a_cell_out_of_memory_frees_its_slot_and_the_rest_goes_on(
+    tmp_path: Path, model: Path
+) -> None:
+    store = tmp_path / "store"
+    acts = ("allocate", "hang", "abort", "raise")
+    cells = [light(model, act) for act in acts] + [light(model, "allocate", outputs=3)]
+    text = io.StringIO()
+    settings = faults.settings(store, limit=5.0)
+    part = controller.Part(slots=(Slot((0,)), Slot((0,))))
+    sweep = Sweep(cells, settings, faults.folder(store), Progress(cells, text), part)
+    sweep.run()
+    assert sweep.verdict() == 1
+    assert statuses(store, cells) == ["oom", "timeout", "crashed", "crashed", "oom"]
+    assert sum("artifact ..." in line for line in text.getvalue().splitlines()) == 4
+    assert not list((store / "artifacts").glob(".*"))
+
+
+def test_slots_work_beside_each_other_and_timings_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trivial.install(monkeypatch)
+    monkeypatch.setenv(trivial.LEDGER, str(tmp_path / "ledger"))
+    choices = [trivial.choice(16, load=n, quality_pause=0.3, speed_pause=0.3) for n in range(2)]
+    choices += [trivial.choice(4, number=n, quality_pause=0.3, speed_pause=0.3) for n in (1, 2)]
+    folder, cells = trivial.write(choices, tmp_path / "store")
+    settings = trivial.settings(tmp_path / "store")
+    part = controller.Part(slots=(Slot((0,)), Slot((0,)), Slot((0,))))
+    sweep = Sweep(cells, settings, folder, Progress(cells, io.StringIO()), part)
+    sweep.run()
+    assert set(statuses(tmp_path / "store", cells)) == {"ok"}
+    open_stages: dict[int, str] = {}
+    beside = set()
+    for line in trivial.ledger(tmp_path / "ledger"):
+        if line["event"] == "begin":
+            open_stages[line["pid"]] = line["stage"]
+        else:
+            del open_stages[line["pid"]]
+        beside.add(tuple(sorted(open_stages.values())))
+    assert ("speed",) in beside
+    assert not any("speed" in stages and len(stages) > 1 for stages in beside)
+    assert any(len(stages) > 1 for stages in beside)

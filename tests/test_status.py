@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from qgrid import __main__ as command_line
 from qgrid import assembly, codec, glance, launchers, leases, records, standings, status
 from qgrid.queued import Standing
 from qgrid.tasks import Task, TaskList
-from qgrid.types import PlannedCell, Status
+from qgrid.types import PlannedCell, Prose, Slices, Status
 from tests.drills import trivial
 from tests.drills.running import Running, started
 
@@ -245,6 +246,34 @@ def test_resume_uses_the_launcher_and_its_options(
     code, _ = said(capsys, "resume", "--detach", f"out={folder.parents[1]}")
     assert code == 5
     assert asked[1] == (folder, slurm.Options(account="proj"), True)
+
+
+def test_resume_finds_relative_paths_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trivial.install(monkeypatch)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    start, own, away = (tmp_path / name for name in ("start", "own", "away"))
+    for each in (start, own, away):
+        each.mkdir()
+    (own / "own.txt").write_text((trivial.FOLDER / "prose.txt").read_text())
+    (start / "own.jsonl").write_text((trivial.FOLDER / "colours.jsonl").read_text())
+    item = replace(trivial.SLICES.items["colours"], path="own.jsonl")
+    slices = Slices("own", Prose("own.txt", None), {"colours": item})
+    monkeypatch.chdir(start)
+    monkeypatch.setenv("QGRID_CONFIG_DIR", str(own))
+    store = tmp_path / "out"
+    folder, cells = trivial.write([replace(trivial.choice(), slices=slices)], store)
+    assert launchers.launch(folder, launchers.chosen(folder), False) == 0
+    records.path(store, cells[0].cell_id).unlink()
+    shutil.rmtree(store / "quality")
+    monkeypatch.chdir(away)
+    monkeypatch.delenv("QGRID_CONFIG_DIR")
+    code, text = said(capsys, "resume", "trivial", f"out={store}")
+    monkeypatch.setenv("QGRID_CONFIG_DIR", "")  # what the command has set ends with the test
+    assert code == 0, text
+    assert set(_words(folder).values()) == {"ok"}
 
 
 def _words(folder: Path, found: dict[str, Standing] | None = None) -> dict[str, str]:

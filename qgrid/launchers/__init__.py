@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -36,10 +37,12 @@ class Launcher(Protocol):
 
 @dataclass(frozen=True)
 class Chosen:
-    """A launcher by name with its options, plain, as checked."""
+    """A launcher by name with its options, plain, as checked; and where the command was given."""
 
     name: str
     options: Mapping[str, Any]
+    start: str | None = None  # folder that relative paths of cells begin at
+    config_dir: str | None = None  # other folders for them, as `--config-dir` gave them
 
 
 def module(name: str) -> Launcher:
@@ -59,6 +62,9 @@ def choose(name: str, options: Mapping[str, Any]) -> Chosen:
 
 def launch(folder: Path, chosen: Chosen, detach: bool) -> int:
     """Write down what was chosen, for `resume`, and launch; the exit code."""
+    if chosen.start is None:
+        own = os.environ.get("QGRID_CONFIG_DIR")
+        chosen = replace(chosen, start=str(Path.cwd()), config_dir=own)
     write_atomic(folder / FILE, codec.dumps(chosen, indent=1) + "\n")
     each = module(chosen.name)
     options: Any = codec.convert(each.Options, chosen.options, "hydra.launcher")

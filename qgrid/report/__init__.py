@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 LOG_WIDTH = 160  # characters of a table that goes to a file
 
-__all__ = ["rewrite", "surprises", "terminal", "write"]
+__all__ = ["rewrite", "show", "surprises", "terminal", "write"]
 
 
 def write(
@@ -59,8 +59,6 @@ def rewrite(store: Path, name: str | None) -> int:
 
     Without a name it is the sweep that was planned last.
     """
-    from rich.console import Console
-
     from qgrid import records, sweep
 
     folders = [path.parent for path in (store / "sweeps").glob("*/plan.jsonl")]
@@ -72,11 +70,17 @@ def rewrite(store: Path, name: str | None) -> int:
         return 2
     folder = max(chosen, key=lambda each: (each / "plan.jsonl").stat().st_mtime_ns)
     planned = sweep.read_plan(folder / "plan.jsonl")
-    found = list(records.read_all(store, planned).values())
+    show(folder, planned, list(records.read_all(store, planned).values()))
+    return 0
+
+
+def show(folder: Path, planned: Sequence[PlannedCell], found: Sequence[Record]) -> None:
+    """Write the tables of a sweep into its folder and print them."""
+    from rich.console import Console
+
     paths = write(folder, planned, found)
     is_sized = sys.stdout.isatty() or "COLUMNS" in os.environ
     console = Console(width=None if is_sized else LOG_WIDTH)
     terminal(planned, found, console)
     for path in paths.values():
         console.print(str(path), soft_wrap=True, highlight=False, markup=False)
-    return 0

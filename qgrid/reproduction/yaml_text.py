@@ -41,7 +41,23 @@ def load(file: Path) -> Mapping[str, Any]:
         raise InvalidYaml(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise InvalidYaml(f"{file} should hold a mapping, holds {type(data).__name__}")
+    if _is_shared(data):
+        raise InvalidYaml(f"{file} uses anchors, which qgrid does not write")
     return data
+
+
+def _is_shared(data: Any) -> bool:
+    """Whether a container stands in several places: a few lines could unfold to any size."""
+    seen: set[int] = set()
+    ahead = [data]
+    while ahead:
+        each = ahead.pop()
+        if id(each) in seen:
+            return True
+        seen.add(id(each))
+        inside = each.values() if isinstance(each, dict) else each
+        ahead += [item for item in inside if isinstance(item, (dict, list))]
+    return False
 
 
 def _block(value: Any, indent: str) -> Iterator[str]:

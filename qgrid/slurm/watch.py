@@ -241,9 +241,9 @@ class Watch:
     def _say(self, seen: Look) -> None:
         """A line when what the rest waits for has changed."""
         live = [state for *_, state in seen.tasks() if seen.is_live(state)]
-        waiting = {state.reason for state in live if state.state == "PENDING"}
+        waiting = {state.reason for state in live if state.state == "PENDING"} - {"", "None"}
         running = any(state.state == "RUNNING" for state in live)
-        if live and not running:
+        if waiting and not running:
             self._tell(f"{len(live)} tasks wait in the queue: {', '.join(sorted(waiting))}")
 
     def _tell(self, text: str) -> None:

@@ -13,8 +13,8 @@ _LOOKS = 60  # at a silent owner until it counts as dead
 
 def taken(store: Path) -> list[Path]:
     """The leases that somebody holds, or held when it died."""
-    root = store / "leases"
-    return [folder for folder in sorted(root.glob("*/*")) if _is_taken(folder)]
+    folders = [path for path in sorted((store / "leases").glob("*/*")) if path.is_dir()]
+    return [folder for folder in folders if not leases.is_released(folder)]
 
 
 def is_known_dead(folder: Path) -> bool:
@@ -54,11 +54,6 @@ def watch(folders: Collection[Path], tell: Callable[[str], None]) -> list[Path]:
                 del waiting[folder]
                 dead.append(folder)
     return dead
-
-
-def _is_taken(folder: Path) -> bool:
-    content = _content(folder)
-    return content is not None and not content.startswith(b"x")
 
 
 def _content(folder: Path) -> bytes | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 import pytest
 
-UNDER = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "--")
+_AS_ROOT = () if os.geteuid() == 0 else ("--user", "--map-root-user")
+UNDER = ("unshare", *_AS_ROOT, "--pid", "--fork", "--mount-proc", "--kill-child", "--")
 
 
 def require() -> None:

@@ -63,6 +63,8 @@ def test_what_is_no_number_is_refused() -> None:
         ("a: [", "not YAML"),
         ("- a\n", "should hold a mapping"),
         ("a: !!python/object:os.x {}", "tag"),
+        ("a: &x [1]\nb: [*x, *x]\n", "anchors"),
+        ("a: &x [*x]\n", "anchors"),
     ],
 )
 def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str, words: str) -> None:

@@ -27,8 +27,9 @@ from tests.slurm.layout import NODES, PLAIN, Layout, Node
 
 __all__ = ["NODES", "PLAIN", "Layout", "Node", "Slurm", "can_part", "missing", "running"]
 
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol", "scancel")
+PROGRAMS = ("setpriv", "slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol", "scancel")
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+LEASH = ("setpriv", "--pdeathsig", "KILL")  # nothing outlives the tests, however these end
 APART = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")  # own process numbers
 NODE = "QGRID_TEST_NODE"  # in the environment of a node's daemons
 SECONDS = 60.0  # patience of a test on a busy machine; nothing waits for its end
@@ -166,11 +167,9 @@ class Slurm:
             time.sleep(0.02)
 
     def _start(self, name: str, *command: str, extra: Mapping[str, str] | None = None) -> None:
-        program = shutil.which(command[0], path=PATH)
-        assert program is not None
         with (self.folder / f"{name}.log").open("ab") as log:
             self._daemons[name] = subprocess.Popen(
-                [program, *command[1:]],
+                [*LEASH, *command],
                 env={**self.environment, **(extra or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -26,4 +26,7 @@ def slurm(layout: cluster.Layout, monkeypatch: pytest.MonkeyPatch) -> Iterator[c
     with cluster.running(layout) as started:
         for name in ("SLURM_CONF", "PATH"):
             monkeypatch.setenv(name, started.environment[name])
+        monkeypatch.setenv(
+            "TMPDIR", str(started.folder)
+        )  # other timings of this machine do not wait
         yield started

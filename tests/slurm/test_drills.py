@@ -27,6 +27,8 @@ from tests.slurm.cluster import Layout, Slurm
 
 pytestmark = pytest.mark.slow
 
+TASKS = 3 + 5  # of the grid: artifacts, cells
+
 
 def grid() -> list[Choice]:
     """Cells on both kinds of cards; the last is the one that is struck."""
@@ -40,6 +42,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("undisturbed") / "store"
     with pytest.MonkeyPatch.context() as patch:
         trivial.install(patch)
+        patch.setenv("TMPDIR", str(store.parent))
         folder, _ = trivial.write(grid(), store)
         assert finish_here(folder) == 0
     return store
@@ -240,14 +243,16 @@ def test_the_launcher_is_killed_and_the_next_one_joins(
         running.kill()
         drill.resume()
     drill.assert_nothing_lost(undisturbed, begins=1)
+    assert len(slurm.jobs()) == TASKS  # nothing was submitted twice
 
 
-def test_two_launchers_at_once(drill: Drill, undisturbed: Path) -> None:
+def test_two_launchers_at_once(drill: Drill, slurm: Slurm, undisturbed: Path) -> None:
     with drill.launching() as one, drill.launching() as other:
         drill.until_struck(one)
         codes = [drill.finish(each) for each in (one, other)]
     assert codes == [0, 0], one.log.read_text()
     drill.assert_nothing_lost(undisturbed, begins=1)
+    assert len(slurm.jobs()) == TASKS
 
 
 def kill(slurm: Slurm, node: str, module: str) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qgrid import launchers, records
+from qgrid import codec, launchers, records
 from qgrid import sweep as sweeps
 from qgrid.slurm import client, queue, submissions, watch
 from qgrid.slurm.options import Options
@@ -60,9 +62,11 @@ def times_submitted(folder: Path) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_hostile_folder_and_sweep(
     slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("QGRID_TEST_TOKEN", "s3cr3t-s3cr3t-s3cr3t")
     start = tmp_path / HOSTILE / "start"
     start.mkdir(parents=True)
     monkeypatch.chdir(start)
@@ -78,6 +82,9 @@ def test_a_hostile_folder_and_sweep(
     ]
     assert not list(tmp_path.rglob("pwned"))
     assert not list(start.iterdir())
+    files = [path for path in (tmp_path / HOSTILE / "out").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert not [path for path in files if b"s3cr3t" in path.read_bytes()]
 
 
 @pytest.mark.parametrize("sign", ["%A", "\\", "%%"])
@@ -93,6 +100,7 @@ def test_signs_that_slurm_takes_for_patterns_are_refused(
     assert "which it takes for a pattern; use `out=FOLDER`" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_second_launcher_joins(slurm: Slurm, tmp_path: Path) -> None:
     folder, cells = written(tmp_path / "out")
     assert run(folder, slurm, detach=True, lines=["sleep 2"]) == 0
@@ -101,6 +109,7 @@ def test_a_second_launcher_joins(slurm: Slurm, tmp_path: Path) -> None:
     assert len({record(folder, each).environment["launch"] for each in cells}) == 1
 
 
+@pytest.mark.slow
 def test_a_launcher_that_died_before_it_knew_the_number(slurm: Slurm, tmp_path: Path) -> None:
     folder, cells = written(tmp_path / "out")
     assert run(folder, slurm, detach=True) == 0
@@ -113,6 +122,7 @@ def test_a_launcher_that_died_before_it_knew_the_number(slurm: Slurm, tmp_path: 
     assert [file.read_bytes() for file in numbers] == before
 
 
+@pytest.mark.slow
 def test_what_never_begins_is_given_up_with_the_place_of_its_log(
     slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +141,7 @@ def test_what_never_begins_is_given_up_with_the_place_of_its_log(
     assert {record(folder, each).status for each in cells} == {"ok"}
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_submitted(slurm: Slurm, tmp_path: Path) -> None:
     folder, cells = written(tmp_path / "out")
     assert run(folder, slurm) == 0
@@ -142,6 +153,40 @@ def test_what_is_done_is_not_submitted(slurm: Slurm, tmp_path: Path) -> None:
     assert run(folder, slurm) == 0
     assert times_submitted(folder)[cells[1].cell_id] == 2
     assert sum(times_submitted(folder).values()) == len(cells) + 1
+    for file in folder.glob("launches/*/*.job"):
+        file.write_text(json.dumps({"job": "999999"}))
+    found = queue.standing(folder)  # Slurm has forgotten them
+    assert {each.cell_id for each in cells} == set(found)
+    assert {(each.state, each.why) for each in found.values()} == {("ended", "has left the queue")}
+
+
+def test_what_the_plan_refuses_needs_no_job(slurm: Slurm, tmp_path: Path) -> None:
+    folder, cells = written(tmp_path / "out", 1)
+    refused = [replace(each, status="does_not_fit", reason="too big") for each in cells]
+    sweeps.write_plan(refused, trivial.settings(tmp_path / "out"))
+    assert run(folder, slurm) == 1  # none is ok
+    for each in cells:
+        found = record(folder, each)
+        assert (found.status, found.error and found.error.message) == ("does_not_fit", "too big")
+    assert submissions.read(folder) == []
+    assert client.queue() == []
+
+
+def test_a_store_that_cannot_be_written_to(
+    slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = written(tmp_path / "out", 1)
+    mounted = ["mount", "--bind", str(tmp_path / "out"), str(tmp_path / "out")]
+    if subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(tmp_path / "out")], check=True)
+        options = launchers.choose("slurm", grids.options(slurm)).options
+        assert watch.run(folder, codec.convert(Options, options), False) == 1
+    finally:
+        subprocess.run(["umount", str(tmp_path / "out")], check=True)
+    assert "cannot be written to (Read-only file system)" in capsys.readouterr().out
+    assert client.queue() == []
 
 
 def test_a_refused_job_is_one_sentence(
@@ -167,6 +212,7 @@ def test_a_cluster_that_is_away_is_one_sentence(
     assert "hydra/launcher=local" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_interrupted_the_jobs_go_on(slurm: Slurm, tmp_path: Path) -> None:
     folder, cells = written(tmp_path / "out", 1, pause=2.0)
     with grids.launching(folder, slurm) as running:
@@ -188,28 +234,6 @@ def test_a_record_of_another_version_stops_the_launcher(
     assert run(folder, slurm) == 2
     assert "qgrid.record/99" in capsys.readouterr().err
     assert submissions.read(folder) == []
-
-
-def test_no_secret_reaches_a_launch(
-    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("QGRID_TEST_TOKEN", "s3cr3t-s3cr3t-s3cr3t")
-    folder, cells = written(tmp_path / "out", 1)
-    assert run(folder, slurm) == 0
-    assert {record(folder, each).status for each in cells} == {"ok"}
-    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert len(files) > 10
-    assert not [path for path in files if b"s3cr3t" in path.read_bytes()]
-
-
-def test_tasks_that_slurm_has_forgotten(slurm: Slurm, tmp_path: Path) -> None:
-    folder, cells = written(tmp_path / "out", 1)
-    assert run(folder, slurm) == 0
-    for file in folder.glob("launches/*/*.job"):
-        file.write_text(json.dumps({"job": "999999"}))
-    found = queue.standing(folder)
-    assert {each.cell_id for each in cells} == set(found)
-    assert {(each.state, each.why) for each in found.values()} == {("ended", "has left the queue")}
 
 
 def test_what_a_launch_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
