@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,13 @@ def parse(
     if len(found) > names or any(word.startswith("-") or "=" in word for word in found):
         raise WrongCommand(f"`qgrid {verb}` takes {usage}, got `{' '.join(arguments)}`")
     return Arguments(out.absolute(), tuple(found), frozenset(given))
+
+
+def command(verb: str, folder: Path) -> str:
+    """The words of a verb for the sweep in `folder`, to be told to the user."""
+    store = folder.parents[1]
+    where = "" if store == Path(OUT).absolute() else f" {shlex.quote(f'out={store}')}"
+    return f"python -m qgrid {verb} {folder.name}{where}"
 
 
 def sweep_folder(arguments: Arguments) -> Path:

@@ -13,6 +13,7 @@ from qgrid import (
     artifacts,
     assembly,
     attempts,
+    commands,
     crew,
     decisions,
     device,
@@ -77,7 +78,8 @@ def bring(sweep: Sweep) -> int | None:
         sweep.progress.line(str(error))
         return UNREADABLE
     except Interrupted:
-        sweep.progress.line("interrupted; the same command goes on where this one stopped")
+        resume = commands.command("resume", sweep.folder)
+        sweep.progress.line(f"interrupted; the same command goes on, as does `{resume}`")
         return INTERRUPTED
     except OSError as error:
         if not place.is_unwritable(error):
@@ -102,13 +104,14 @@ class Sweep:
         self.records: dict[str, Record] = {}
         self.progress = Progress(planned) if progress is None else progress
         self._settings = settings
-        self._folder = folder
+        self.folder = folder
         self.store = folder.parents[1]
         self._found = device.describe()
         self._environment = environment.provenance()
         self._part = Part() if part is None else part
         fingerprint = str(self._environment["fingerprint"])
-        self._rule = decisions.Rule(settings, self._found, fingerprint, self._part.launch)
+        since = launch.since(folder) | {self._part.launch}
+        self._rule = decisions.Rule(settings, self._found, fingerprint, self._part.launch, since)
         self._known: dict[str, Record] = {}
         self._decisions: dict[str, Decision] = {}
         self._attempts = attempts.Attempts(self._part.launch, self._part.attempts)
@@ -119,6 +122,7 @@ class Sweep:
             folder=folder,
             fingerprint=fingerprint,
             id=self._part.launch,
+            since=since,
             announce=self.progress.stage,
         )
 

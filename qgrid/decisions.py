@@ -33,6 +33,7 @@ class Rule:
     found: Gpu
     fingerprint: str
     launch: str
+    since: frozenset[str] = frozenset()  # launches of the same command: they were asked the same
 
     def decide(self, planned: PlannedCell, record: Record | None) -> Decision:
         """What to do about a cell, which has this record."""
@@ -44,15 +45,19 @@ class Rule:
         if not may_run_here(planned.cell, self.found):
             # what the right device has found out stays
             return "wrong_device" if record is None or record.status in UNRUN else "done"
-        if record is None or self.settings.fresh or self._is_wanted_again(record):
+        if record is None or self._is_wanted_again(record):
             return "run"
         if record.environment.get("fingerprint") == self.fingerprint:
             return "done"
         return "rerun_stale" if "stale" in self.settings.rerun else "stale"
 
     def _is_wanted_again(self, record: Record) -> bool:
-        """Whether a record is no final word, or of a kind that `rerun` names."""
-        if record.status not in FINAL or record.status in {*UNRUN, *self.settings.rerun}:
+        """Whether a record is no final word, or of a kind that `fresh` or `rerun` names."""
+        if record.status not in FINAL or record.status in UNRUN:
+            return True
+        if record.environment.get("launch") in self.since:
+            return False
+        if self.settings.fresh or record.status in self.settings.rerun:
             return True
         return "unstable" in self.settings.rerun and timing.is_unstable(*record.measurements)
 

@@ -10,13 +10,41 @@ from pathlib import Path
 from uuid import uuid4
 
 from qgrid import records
+from qgrid.files import write_atomic
 from qgrid.stopping import Stop
 from qgrid.types import Check, Manifest, PlannedCell, Settings, Stage, StageResult
+
+LAUNCHES = "launches"  # in the sweep's folder: a folder for each
+EARLIER = "earlier.txt"  # beside it: launches that came before the plan
 
 
 def new_id() -> str:
     """The name of a launch."""
     return uuid4().hex[:12]
+
+
+def since(folder: Path) -> frozenset[str]:
+    """The launches of a sweep since it was planned last: `fresh` and `rerun` count from there.
+
+    What one of them has measured is not measured again when the next one goes on.
+    """
+    try:
+        earlier = (folder / EARLIER).read_text(encoding="utf-8").split()
+    except FileNotFoundError:
+        earlier = []
+    return frozenset(_launches(folder)) - frozenset(earlier)
+
+
+def planned_anew(folder: Path) -> None:
+    """Write down which launches belong to an earlier plan or command."""
+    write_atomic(folder / EARLIER, "".join(f"{each}\n" for each in sorted(_launches(folder))))
+
+
+def _launches(folder: Path) -> list[str]:
+    try:
+        return [each.name for each in (folder / LAUNCHES).iterdir()]
+    except FileNotFoundError:
+        return []
 
 
 @dataclass
@@ -50,6 +78,7 @@ class Launch:
     folder: Path  # of the sweep
     fingerprint: str  # of this machine's environment
     id: str
+    since: frozenset[str]  # launches of this command: what they have made is not made again
     announce: Callable[[PlannedCell, Stage], None]
     stop: Stop = field(default_factory=Stop)
     made: dict[str, StageResult] = field(default_factory=dict)  # by artifact id
@@ -75,6 +104,12 @@ class Launch:
             return None
         ids = (record.cell_id, record.artifact_id, record.quality_id, record.baseline_cell_id)
         return PlannedCell(*ids, cell=record.cell, added=True)
+
+    def is_fresh(self, result: StageResult | None) -> bool:
+        """Whether a stage was done for this command, where `fresh` asks for all of them anew."""
+        if not self.settings.fresh:
+            return True
+        return result is not None and result.environment.get("launch") in self.since
 
     def ended(self, result: StageResult | None) -> bool:
         """Whether a stage ended in this launch, in this process or in another."""

@@ -130,7 +130,7 @@ class Pipeline:
         out = self._store / "builds" / planned.artifact_id
         earlier = records.load_result(out / "result.json")
         this_launch = self._launch.ended(earlier)
-        if self._settings.fresh and not this_launch:
+        if not self._launch.is_fresh(earlier):
             self._discard(planned)
         if artifacts.exists(self._store, planned.artifact_id):
             was_made = earlier is not None and earlier.failure is None
@@ -190,7 +190,7 @@ class Pipeline:
         compared = baseline is None or stored.environment.get("baseline") == baseline.artifact_id
         if self._launch.ended(stored):
             return compared
-        if self._settings.fresh or stored.failure is not None:
+        if stored.failure is not None or not self._launch.is_fresh(stored):
             return False
         current = stored.environment.get("fingerprint") == self._launch.fingerprint
         return compared and (current or not stale)

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import choices, codec, config, plan
+from qgrid import choices, codec, config, launch, plan
 from qgrid.facts import Facts
 from qgrid.files import HashCache, write_atomic
 from qgrid.types import PlannedCell, Settings
@@ -73,6 +73,7 @@ def write_plan(planned: Sequence[PlannedCell], settings: Settings) -> Path:
     if name is None:
         name = f"grid-{codec.digest([p.cell_id for p in planned], 8)}"
     folder = Path(settings.out).absolute() / "sweeps" / name
+    launch.planned_anew(folder)
     write_atomic(folder / "settings.json", codec.dumps(settings, indent=2))
     write_atomic(folder / "plan.jsonl", "".join(f"{codec.dumps(p)}\n" for p in planned))
     return folder / "plan.jsonl"
@@ -90,7 +91,7 @@ def run_cells(
 
     `slots`: how many at once; None: as the devices of this machine say.
     """
-    from qgrid import controller, launch, leases
+    from qgrid import controller, leases
     from qgrid import slots as places
 
     folder = Path(plan_file).parent
@@ -99,7 +100,7 @@ def run_cells(
     if cell_ids is not None:
         cells = [planned for planned in cells if planned.cell_id in set(cell_ids)]
     part = controller.Part(launch.new_id(), places.find(cells, slots))
-    (folder / "launches" / part.launch).mkdir(parents=True)
+    (folder / launch.LAUNCHES / part.launch).mkdir(parents=True)
     with leases.held(leases.of(folder.parents[1], "launches", part.launch)):
         code = controller.run(cells, settings, folder, part)
     return conclude(folder, code)

@@ -14,7 +14,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # as in a worker
 
 import pytest
 
-from qgrid import config
+from qgrid import config, registry
 from qgrid.hydra_entry import PLUGINS
 from qgrid.types import Cell, Gpu, KvCache, Method, Model, Runtime, Slices, Workload
 
@@ -118,6 +118,13 @@ def make_cell() -> Callable[..., Cell]:
         return Cell(**(fields | changes))
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _names_as_installed() -> Iterator[None]:
+    """Plugins that a test installed are forgotten when they are gone from the path."""
+    yield
+    registry.names.cache_clear()
 
 
 @pytest.fixture

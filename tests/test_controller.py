@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from qgrid import assembly, codec, controller, device, machine, pipeline, records
+from qgrid import sweep as sweep_module
 from qgrid.controller import Sweep
 from qgrid.files import write_atomic
 from qgrid.progress import Progress
@@ -56,13 +57,27 @@ def run(cells: Sequence[PlannedCell], settings: Settings) -> tuple[int, list[str
     return sweep.verdict(), text.getvalue().splitlines()
 
 
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _ended() -> Iterator[None]:
+    """What a failed test leaves running would hold locks and time."""
+    yield
+    for process in STARTED:
+        process.kill()
+        process.wait()
+    STARTED.clear()
+
+
 def start(cells: Sequence[PlannedCell], settings: Settings) -> subprocess.Popen[str]:
     """The same in a process of its own, the way a launcher starts it."""
     folder = faults.folder(Path(settings.out))
     write_atomic(folder / "settings.json", codec.dumps(settings))
     write_atomic(folder / "plan.jsonl", "".join(f"{codec.dumps(cell)}\n" for cell in cells))
     command = [sys.executable, "-c", RUN, str(folder / "plan.jsonl"), *(c.cell_id for c in cells)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    STARTED.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    return STARTED[-1]
 
 
 def statuses(store: Path, cells: Sequence[PlannedCell]) -> list[str]:
@@ -540,6 +555,29 @@ def test_a_cell_out_of_memory_frees_its_slot_and_the_rest_goes_on(
     assert statuses(store, cells) == ["oom", "timeout", "crashed", "crashed", "oom"]
     assert sum("artifact ..." in line for line in text.getvalue().splitlines()) == 4
     assert not list((store / "artifacts").glob(".*"))
+
+
+def test_going_on_with_a_fresh_sweep_measures_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trivial.install(monkeypatch)
+    store, ledger = tmp_path / "store", tmp_path / "ledger"
+    monkeypatch.setenv(trivial.LEDGER, str(ledger))
+    fresh = [trivial.choice(16), trivial.choice(4)]
+
+    def stages(command: bool) -> int:
+        if command:  # a new one plans anew; `resume` takes the plan as it is
+            trivial.write(fresh, store, fresh=True)
+        before = len(trivial.ledger(ledger))
+        assert sweep_module.run_cells(str(store / "sweeps" / "trivial" / "plan.jsonl")) == 0
+        return (len(trivial.ledger(ledger)) - before) // 2  # each begins and ends
+
+    all_of_them = stages(command=True)
+    assert all_of_them >= 6
+    assert stages(command=False) == 0
+    records.path(store, trivial.planned(fresh, store)[1].cell_id).unlink()
+    assert stages(command=False) == 1  # its timing alone
+    assert stages(command=True) == all_of_them
 
 
 def test_slots_work_beside_each_other_and_timings_alone(

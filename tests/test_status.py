@@ -204,6 +204,7 @@ def test_cancel_where_a_queue_cannot_be_asked(
     assert "the queue does not tell: this machine has no `squeue`" in text
 
 
+@pytest.mark.slow
 def test_cancel_ends_a_local_sweep_and_resume_finishes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pydantic import PositiveInt
 
-from qgrid import leases
+from qgrid import commands, leases
+from qgrid import launch as launches
 
 REMOTE = False
 LOG = "detached.log"
@@ -36,7 +37,7 @@ def launch(folder: Path, options: Options, detach: bool) -> int:
 def cancel(folder: Path) -> list[str]:
     """End every launch of the sweep that runs on this machine; a line for each that runs."""
     said = []
-    for launch_folder in sorted((folder / "launches").glob("*")):
+    for launch_folder in sorted((folder / launches.LAUNCHES).glob("*")):
         owner = leases.owner(leases.of(folder.parents[1], "launches", launch_folder.name))
         if owner is None:
             continue
@@ -62,6 +63,6 @@ def _detach(folder: Path) -> int:
         )
     sys.stdout.write(
         f"process {process.pid} goes on (its output: {log}); "
-        f"`python -m qgrid status {folder.name}` tells how far it is\n"
+        f"`{commands.command('status', folder)}` tells how far it is\n"
     )
     return 0

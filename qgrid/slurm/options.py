@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import AfterValidator, PositiveFloat, PositiveInt
@@ -19,6 +18,7 @@ _OWN = frozenset(  # what the script says itself, or what would make it another 
     [
         "array",
         "chdir",
+        "clusters",
         "comment",
         "dependency",
         "error",
@@ -78,16 +78,16 @@ def path(value: str) -> str:
     return value
 
 
-def arguments(value: Mapping[str, str | int | None]) -> Mapping[str, str | int | None]:
-    """Further arguments of sbatch: names that qgrid does not write, values without blanks."""
-    for key, each in value.items():
-        if not _KEY.fullmatch(key):
-            raise ValueError(f"long names of sbatch's arguments without dashes, not {key!r}")
-        if key in _OWN:
-            raise ValueError(f"arguments that qgrid does not write itself, not `{key}`")
-        if each is not None and not _VALUE.fullmatch(str(each)):
-            raise ValueError(f"values without blanks, quotes and shell signs, not `{key}={each!r}`")
-    return value
+def argument(value: str) -> str:
+    """A further argument of sbatch, `reservation=night`: one that qgrid does not write itself."""
+    key, equals, given = value.removeprefix("--").partition("=")
+    if not _KEY.fullmatch(key):
+        raise ValueError("a long argument of sbatch, such as `reservation=night`")
+    if any(own.startswith(key) for own in _OWN):  # sbatch takes beginnings of names, too
+        raise ValueError(f"an argument that qgrid does not write itself, not `{key}`")
+    if equals and not _VALUE.fullmatch(given):
+        raise ValueError("a long argument of sbatch without blanks, quotes and shell signs")
+    return f"{key}{equals}{given}"
 
 
 def _matched(pattern: re.Pattern[str], value: str, allowed: str) -> str:
@@ -100,7 +100,7 @@ Name = Annotated[str, AfterValidator(name)]
 Features = Annotated[str, AfterValidator(features)]
 ShellLine = Annotated[str, AfterValidator(shell_line)]
 PythonPath = Annotated[str, AfterValidator(path)]
-Arguments = Annotated[Mapping[str, str | int | None], AfterValidator(arguments)]
+Argument = Annotated[str, AfterValidator(argument)]
 
 
 @dataclass(frozen=True)
@@ -123,4 +123,4 @@ class Options:
     poll_seconds: PositiveFloat = 5.0  # between two looks at the queue
     python: PythonPath | None = None  # interpreter on the nodes; None: the one of this command
     setup: tuple[ShellLine, ...] = ()  # shell lines before it, verbatim
-    extra: Arguments = field(default_factory=dict)  # further arguments of sbatch
+    extra: tuple[Argument, ...] = ()  # further arguments of sbatch

@@ -97,7 +97,9 @@ def _directives(job: Job, options: Options) -> Iterator[tuple[str, str | int | N
     yield from ((name, value) for name, value in wanted.items() if value is not None)
     if options.exclusive:
         yield "exclusive", None
-    yield from sorted(options.extra.items())
+    for argument in options.extra:
+        name, _, given = argument.partition("=")
+        yield name, given or None
 
 
 def _line(name: str, value: str | int | None) -> str:

@@ -12,15 +12,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from uuid import uuid4
 
 from qgrid import codec
 from qgrid.files import write_atomic
+from qgrid.launch import LAUNCHES
 from qgrid.slurm import client, script
 from qgrid.slurm.arrays import Wave
 from qgrid.tasks import Task, TaskList
 
-LAUNCHES = "launches"
 _ARRAY = re.compile(r"[0-9]{3,}-(builds|baselines|cells)")
 
 
@@ -32,11 +31,6 @@ class Submission:
     array: str
     tasks: tuple[Task, ...]
     job: str | None
-
-
-def new_launch() -> str:
-    """The id of one invocation of the launcher."""
-    return uuid4().hex[:12]
 
 
 def folder_of(folder: Path, launch: str) -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qgrid import artifacts, glance, records, timing
+from qgrid import launch as launches
 from qgrid.decisions import UNRUN
 from qgrid.types import FINAL, RECORD_SCHEMA, PlannedCell, Settings
 
@@ -13,10 +14,11 @@ from qgrid.types import FINAL, RECORD_SCHEMA, PlannedCell, Settings
 class Wanted:
     """Decides without the machines that measured: another one's environment is never stale here."""
 
-    def __init__(self, store: Path, settings: Settings, launch: str) -> None:
-        self._store = store
+    def __init__(self, folder: Path, settings: Settings, launch: str) -> None:
+        self._store = folder.parents[1]
         self._settings = settings
         self._launch = launch
+        self._since = launches.since(folder) | {launch}
 
     def cells(self, planned: Sequence[PlannedCell]) -> list[PlannedCell]:
         """Those that need a task, in the order of the plan; refused cells need none.
@@ -33,7 +35,8 @@ class Wanted:
             return True
         if not self._asked_again(planned, head.status):
             return False
-        return self.launch_of(planned) != self._launch
+        is_final = head.status in FINAL and head.status not in UNRUN
+        return self.launch_of(planned) not in (self._since if is_final else {self._launch})
 
     def has_record(self, planned: PlannedCell) -> bool:
         """Whether there is a record that can be read."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from qgrid import assembly, attempts, codec, controller, environment, leases, records
+from qgrid import assembly, attempts, codec, commands, controller, environment, leases, records
 from qgrid import launch as launches
 from qgrid import sweep as sweeps
 from qgrid.controller import INTERRUPTED, UNREADABLE
@@ -39,19 +39,21 @@ def run(folder: Path, options: Options, detach: bool) -> int:
         written to; 2 when Slurm refuses a job or a record cannot be read; 130 when interrupted:
         the jobs go on.
     """
-    name = folder.name
+    status, resume, cancel = (
+        commands.command(verb, folder) for verb in ("status", "resume", "cancel")
+    )
     try:
         with _interruptible():
             watch = Watch(folder, options)
             watch.begin()
             if detach:
-                _print(f"`qgrid status {name}` tells how far it is; `qgrid resume {name}` waits")
+                _print(f"`{status}` tells how far it is; `{resume}` waits")
                 return 0
             watch.wait()
     except KeyboardInterrupt:
         _print(
-            f"the jobs go on without this command: `qgrid status {name}` tells how far they are, "
-            f"`qgrid resume {name}` waits again, `qgrid cancel {name}` ends them"
+            f"the jobs go on without this command: `{status}` tells how far they are, `{resume}` "
+            f"waits again, `{cancel}` ends them"
         )
         return sweeps.conclude(folder, INTERRUPTED)
     except OSError as error:
@@ -86,7 +88,7 @@ class Watch:
             seen = sweep.look()
             joined = seen.live_launches()
             self._launch = joined[-1] if joined else launches.new_id()
-            self._wanted = Wanted(sweep.store, sweep.settings, self._launch)
+            self._wanted = Wanted(sweep.folder, sweep.settings, self._launch)
             self._refuse()
             cells = self._wanted.cells(sweep.planned)
             self._waiting = {each.cell_id: each for each in cells}
@@ -125,7 +127,8 @@ class Watch:
         code = judged.verdict()
         without = len(sweep.planned) - len(ended)
         if without:
-            line = f"{without} cells have no record; `qgrid resume {sweep.folder.name}` goes on"
+            resume = commands.command("resume", sweep.folder)
+            line = f"{without} cells have no record; `{resume}` goes on"
             self._progress.line(line)
         return sweeps.conclude(sweep.folder, 1 if without else code)
 

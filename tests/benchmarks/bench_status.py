@@ -9,6 +9,7 @@ tasks wait in the queue of a real cluster.
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -38,9 +39,11 @@ def main(count: int) -> int:
             print(reason)
         else:
             with cluster.running() as slurm:
-                waiting = {"hold": None}
+                waiting = ["hold"]
                 with grids.launching(folder, slurm, detach=True, extra=waiting) as launcher:
-                    launcher.process.wait()
+                    if launcher.process.wait():
+                        print(launcher.log.read_text())
+                        return 1
                     print(f"{len(slurm.queue())} tasks wait in the queue")
                     own = grids.variables(slurm, store)
                     slowest = max(slowest, _time("in Slurm", folder, own))
@@ -67,14 +70,20 @@ def _time(what: str, folder: Path, variables: dict[str, str]) -> float:
     """The median wall time of the command, printed with its output."""
     command = [sys.executable, "-m", "qgrid", "status", folder.name, f"out={folder.parents[1]}"]
     taken = []
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     for _ in range(REPEATS):
         begin = time.monotonic()
         done = subprocess.run(command, env=variables, capture_output=True, text=True)
         taken.append(time.monotonic() - begin)
     print(done.stdout + done.stderr)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     taken.sort()
     shown = ", ".join(f"{each:.2f}" for each in taken)
-    print(f"{what}: exit code {done.returncode}; {shown} s; load {os.getloadavg()[0]:.1f}")
+    print(
+        f"{what}: exit code {done.returncode}; {shown} s, of the processor {cpu / REPEATS:.2f} s; "
+        f"load average {os.getloadavg()[0]:.1f}"
+    )
     return taken[REPEATS // 2]
 
 

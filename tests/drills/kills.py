@@ -85,14 +85,17 @@ def one(source: random.Random, store: Path, wanted: Undisturbed) -> Killed:
 
 
 def finished(store: Path, cells: Sequence[PlannedCell]) -> dict[str, bytes]:
-    """The bytes of every record that says `ok`; none of them is torn, whatever it says."""
-    found = {}
-    for cell in cells:
-        file = records.path(store, cell.cell_id)
-        record = records.load(file)
-        if record is not None and record.status == "ok":
-            found[cell.cell_id] = file.read_bytes()
-    return found
+    """The bytes of every record that is final; none of them is torn, whatever it says.
+
+    An `ok` cell whose baseline has failed is not: it could not be compared.
+    """
+    found = {cell.cell_id: records.load(records.path(store, cell.cell_id)) for cell in cells}
+    failed = {each for each, record in found.items() if record and record.status != "ok"}
+    return {
+        cell.cell_id: records.path(store, cell.cell_id).read_bytes()
+        for cell in cells
+        if found[cell.cell_id] and not {cell.cell_id, cell.baseline_cell_id} & failed
+    }
 
 
 def _kill(victim: str, run: Running) -> str:

@@ -56,6 +56,11 @@ def in_mid_build(run: Running, ledger: Path, cells: Sequence[PlannedCell], store
     return building(ledger, cells)[-1]
 
 
+def status(store: Path, cell: PlannedCell) -> str | None:
+    record = records.read(store, cell.cell_id)
+    return None if record is None else record.status
+
+
 def asides(store: Path) -> list[Path]:
     return [*(store / "artifacts").glob(".*"), *store.glob("**/.record.json.*")]
 
@@ -81,10 +86,8 @@ def test_a_killed_stage_is_a_crash_of_its_cells_until_the_next_run(
         assert run.wait() == 1, run.log.read_text()
     assert len(building(ledger, cells)) == 1
     for cell in cells:
-        record = records.read(store, cell.cell_id)
-        assert record is not None
         is_hit = cell.artifact_id == slow_one(cells).artifact_id
-        assert record.status == ("crashed" if is_hit else "ok")
+        assert status(store, cell) == ("crashed" if is_hit else "ok")
     before = kills.finished(store, cells)
     assert len(before) == 2
 
@@ -92,6 +95,28 @@ def test_a_killed_stage_is_a_crash_of_its_cells_until_the_next_run(
     assert same.differences(cells, store, undisturbed) == []
     assert before.items() <= kills.finished(store, cells).items()
     assert asides(store) == []
+
+
+def test_what_could_not_be_compared_with_a_killed_baseline_is_compared_by_the_next_run(
+    tmp_path: Path, store: Path, ledger: Path
+) -> None:
+    both = [choice(bits, quality_pause=BUILD_SECONDS / 2) for bits in (16, 8)]
+    folder, cells = trivial.write(both, store)
+    name = codec.digest(cells[0].cell)  # of the baseline
+
+    def scoring() -> list[int]:
+        notes = [note for note in trivial.ledger(ledger) if note["stage"] == "quality"]
+        return [note["pid"] for note in notes if note["cell"] == name]
+
+    with launching(folder, **{LEDGER: str(ledger)}) as run:
+        run.wait_for(scoring, "the baseline's quality")
+        os.kill(scoring()[0], signal.SIGKILL)
+        assert run.wait() == 1, run.log.read_text()
+    assert [status(store, cell) for cell in cells] == ["crashed", "ok"]
+
+    alone, _ = trivial.write(both, tmp_path / "undisturbed")
+    assert [running.finish(each) for each in (folder, alone)] == [0, 0]
+    assert same.differences(cells, store, alone.parents[1]) == []
 
 
 def test_a_killed_controller_leaves_nothing_running_and_loses_nothing(

@@ -241,7 +241,9 @@ def test_the_launcher_is_killed_and_the_next_one_joins(
     with drill.launching() as running:
         drill.until_struck(running)
         running.kill()
-        drill.resume()
+        with grids.qgrid(slurm, drill.store, "resume", drill.folder.name) as resumed:
+            slurm.wait(lambda: "1 queued already" in resumed.log.read_text(), "the next launcher")
+            assert drill.finish(resumed) == 0, resumed.log.read_text()
     drill.assert_nothing_lost(undisturbed, begins=1)
     assert len(slurm.jobs()) == TASKS  # nothing was submitted twice
 

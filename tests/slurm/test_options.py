@@ -28,7 +28,7 @@ def test_the_yaml_has_every_option_with_its_default() -> None:
 
 
 def test_what_is_chosen_survives_the_disk() -> None:
-    options = {"account": "a", "extra": {"reservation": "night"}, "setup": ["module load x"]}
+    options = {"account": "a", "extra": ["reservation=night"], "setup": ["module load x"]}
     plain = launchers.choose("slurm", options)
     assert launchers.choose("slurm", plain.options) == plain
     assert chosen(**plain.options).setup == ("module load x",)
@@ -57,19 +57,28 @@ def test_other_signs_are_none_of_features(value: str) -> None:
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        ({"wrap": "id"}, "does not write itself"),
-        ({"array": "0-3"}, "does not write itself"),
-        ({"output": "/etc/x"}, "does not write itself"),
-        ({"Bad": "1"}, "long names"),
-        ({"-x": "1"}, "long names"),
-        ({"mail-user": "a b"}, "without blanks"),
-        ({"mail-user": "$(id)"}, "without blanks"),
-        ({"comment\n#SBATCH --wrap": "x"}, "long names"),
+        ("wrap=id", "does not write itself"),
+        ("--array=0-3", "does not write itself"),
+        ("output=/etc/x", "does not write itself"),
+        ("outp=/etc/x", "does not write itself"),
+        ("Bad=1", "long argument"),
+        ("-x=1", "long argument"),
+        ("", "long argument"),
+        ("mail-user=", "without blanks"),
+        ("mail-user=a b", "without blanks"),
+        ("mail-user=$(id)", "without blanks"),
+        ("comment\n#SBATCH --wrap=x", "long argument"),
+        ("reservation=x\n#SBATCH --wrap=x", "without blanks"),
     ],
 )
-def test_further_arguments_are_checked(extra: dict[str, str], said: str) -> None:
+def test_further_arguments_are_checked(extra: str, said: str) -> None:
     with pytest.raises(codec.InvalidValue, match=said):
-        chosen(extra=extra)
+        chosen(extra=[extra])
+
+
+def test_further_arguments_with_and_without_dashes() -> None:
+    extra = ["--reservation=night", "exclude=n[1-3],m4", "contiguous"]
+    assert chosen(extra=extra).extra == ("reservation=night", "exclude=n[1-3],m4", "contiguous")
 
 
 def test_set_up_lines_are_the_users_own_but_lines() -> None:

@@ -34,7 +34,7 @@ EVERYTHING = Options(
     requeue=False,
     warn_seconds=300,
     setup=("module load cuda/13.0", 'source "$HOME/env.sh"  # the user\'s own'),
-    extra={"reservation": "night", "exclude": "n[1-3]", "contiguous": None, "nice": 5},
+    extra=("reservation=night", "exclude=n[1-3]", "contiguous", "nice=5"),
 )
 HOSTILE = [
     "a b",

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from qgrid import codec, launchers, records
+from qgrid import launch as launches
 from qgrid import sweep as sweeps
 from qgrid.slurm import client, queue, submissions, watch
 from qgrid.slurm.options import Options
@@ -250,7 +251,7 @@ def test_what_a_launch_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     fresh = trivial.settings(tmp_path / "out", fresh=True)
 
     def wanted(settings: Any, launch: str) -> list[str]:
-        found = Wanted(tmp_path / "out", settings, launch).cells(cells)
+        found = Wanted(folder, settings, launch).cells(cells)
         status = {each.cell_id: word for each, (word, _) in zip(cells, words, strict=True)}
         return [status[each.cell_id] for each in found]
 
@@ -258,5 +259,9 @@ def test_what_a_launch_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert wanted(plain, "a") == ["wrong_device"]
     assert wanted(again, "c") == ["crashed", "oom", "wrong_device"]
     assert wanted(again, "b") == ["crashed"]
+    assert wanted(fresh, "c") == ["ok", "crashed", "oom", "wrong_device"]
+    (folder / "launches" / "a").mkdir(parents=True)  # of the command that asks: it goes on
+    assert wanted(fresh, "c") == ["crashed", "oom", "wrong_device"]
+    launches.planned_anew(folder)
     assert wanted(fresh, "c") == ["ok", "crashed", "oom", "wrong_device"]
     assert sweeps.read_plan(folder / "plan.jsonl") == cells

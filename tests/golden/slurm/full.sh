@@ -16,10 +16,10 @@
 #SBATCH --qos=high
 #SBATCH --dependency=afterany:17:18
 #SBATCH --exclusive
-#SBATCH --contiguous
-#SBATCH --exclude=n[1-3]
-#SBATCH --nice=5
 #SBATCH --reservation=night
+#SBATCH --exclude=n[1-3]
+#SBATCH --contiguous
+#SBATCH --nice=5
 qgrid_tasks="$PWD/"004-cells.json
 if [ -d /home/u ]; then cd -- /home/u; fi
 module load cuda/13.0
