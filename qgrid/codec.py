@@ -21,6 +21,13 @@ class InvalidValue(ValueError):
     """A value that does not fit its type; the message names the key, the value and the rule."""
 
 
+class UnknownKey(InvalidValue):
+    """Nothing is wrong but keys that are not known: a newer version may have written them."""
+
+
+_UNKNOWN = frozenset({"unexpected_keyword_argument", "extra_forbidden"})
+
+
 @cache
 def _adapter(kind: type) -> TypeAdapter[Any]:
     _forbid_unknown_keys(kind)
@@ -57,12 +64,15 @@ def loads(kind: type[T], text: str | bytes, prefix: str = "") -> T:
     """Parse JSON into a frozen type.
 
     Raises:
-        InvalidValue: one sentence a problem; `prefix` leads the key in it.
+        InvalidValue: one sentence a problem; `prefix` leads the key in it. `UnknownKey`: there is
+            no other problem than keys that the type does not have.
     """
     try:
         parsed: T = _adapter(cast("Any", kind)).validate_json(text)
     except ValidationError as error:
-        raise InvalidValue("; ".join(_sentences(error, prefix))) from None
+        kinds = {detail["type"] for detail in error.errors(include_url=False)}
+        wrong = UnknownKey if kinds <= _UNKNOWN else InvalidValue
+        raise wrong("; ".join(_sentences(error, prefix))) from None
     return parsed
 
 
@@ -86,7 +96,7 @@ def _sentence(detail: dict[str, Any], prefix: str) -> str:
     kind = detail["type"]
     if kind == "json_invalid":  # the input is the whole text
         return f"{f'`{key}` is ' if key else ''}not JSON ({detail['ctx']['error']})"
-    if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
+    if kind in _UNKNOWN:
         return f"`{key}` is not a known key; remove it or correct its spelling"
     if kind in {"missing", "missing_argument"}:
         return f"`{key}` is missing"

@@ -63,6 +63,11 @@ def load(file: Path) -> Record | None:
         )
     try:
         return codec.loads(Record, text)
+    except codec.UnknownKey as error:
+        raise UnreadableRecord(
+            f"{file} was written by a newer qgrid ({error}): use that one, or delete the file to"
+            " measure the cell again"
+        ) from None
     except codec.InvalidValue as error:
         raise DamagedRecord(
             f"{file} does not follow `{RECORD_SCHEMA}`: {error};"

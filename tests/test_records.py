@@ -230,3 +230,17 @@ def test_the_example_in_the_docs_is_a_record() -> None:
     record = codec.loads(Record, example)
     assert record.status == "ok"
     assert json.loads(example)["schema"] == RECORD_SCHEMA
+
+
+def test_a_record_with_keys_of_a_newer_version_is_not_damaged(
+    tmp_path: Path, planned: PlannedCell
+) -> None:
+    file = records.write(tmp_path, record_of(planned))
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps(data | {"colour": "blue"}))
+    with pytest.raises(records.UnreadableRecord, match="newer qgrid") as caught:
+        records.read(tmp_path, planned.cell_id)
+    assert not isinstance(caught.value, records.DamagedRecord)
+    file.write_text(json.dumps(data | {"colour": "blue", "status": 3}))
+    with pytest.raises(records.DamagedRecord):
+        records.read(tmp_path, planned.cell_id)

@@ -43,7 +43,16 @@ def record(file: Path) -> Fault | None:
             "wrote it, or delete the file to measure the cell again",
             "leave",
         )
-    found = _typed(Record, file)
+    try:
+        found = codec.loads(Record, _text(file))
+    except codec.UnknownKey as error:
+        return Fault(
+            f"was written by a newer qgrid ({error}); use that one, or delete the file to measure "
+            "the cell again",
+            "leave",
+        )
+    except codec.InvalidValue as error:
+        raise Broken(f"`{file.name}` cannot be read: {error}") from None
     _same("cell_id", found.cell_id, file.parent.name)
     return None
 
