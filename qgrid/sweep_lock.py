@@ -62,7 +62,7 @@ def read(path: Path) -> Lock:
             f"no lock `{path}`; give the path of a `{FILE}`, which every sweep writes"
         ) from None
     except yaml_text.InvalidYaml as error:
-        raise UnreadableLock(f"{error}; write it again with `python -m qgrid report`") from None
+        raise UnreadableLock(f"{error}; `python -m qgrid resume` writes a sweep's anew") from None
     if data.get("schema") != SCHEMA:
         raise UnreadableLock(
             f"{path} has schema `{data.get('schema')}`; this qgrid reads `{SCHEMA}`: use the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -180,7 +181,7 @@ def test_versions_seen_are_named_with_old_and_new(project: Project, run: Run) ->
 def test_what_only_some_cells_had_is_counted(project: Project, run: Run) -> None:
     def change(data: dict[str, Any]) -> None:
         [seen] = data["environments"].values()
-        data["environments"]["other"] = {**seen, "qgrid": "0.0.9"}
+        data["environments"]["other"] = {**copy.deepcopy(seen), "qgrid": "0.0.9"}
         next(iter(data["cells"].values()))["environment"] = "other"
 
     edit(project, change)
