@@ -25,6 +25,7 @@ __all__ = [
     "load_manifest",
     "measured",
     "require",
+    "reused",
     "verify",
 ]
 
@@ -58,7 +59,7 @@ def build(job: Job) -> StageResult:
         BadArtifact: what was made, or what is there, fails a fatal check.
     """
     target = Path(job.artifact)
-    return _reused(target) if (target / MANIFEST).is_file() else _built(target, job)
+    return reused(target) if (target / MANIFEST).is_file() else _built(target, job)
 
 
 def verify(
@@ -107,8 +108,12 @@ def _check_tokenizer(
     return verification.check_tokenizer(fingerprint(folder), fingerprint(base))
 
 
-def _reused(target: Path) -> StageResult:
-    """The result of a build that was done before, from its manifest."""
+def reused(target: Path) -> StageResult:
+    """The result of a build that was done before, from its manifest.
+
+    Raises:
+        OSError, codec.InvalidValue: the manifest cannot be read.
+    """
     manifest = load_manifest(target)
     return _result(manifest, {"build": 0.0}, reused=True)
 

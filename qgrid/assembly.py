@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qgrid import artifacts, registry
+from qgrid.decisions import UNCOMPARED
 from qgrid.launch import Outcome
 from qgrid.types import (
     FAILURES,
@@ -153,7 +154,8 @@ def _observed(planned: PlannedCell, outcome: Outcome, found: Gpu) -> dict[str, A
     cell = planned.cell
     remote = registry.runtime(cell.runtime.name).LOADS.remote
     device = asdict(cell.gpu) | {"stated": True} if remote else asdict(found)
-    return {"device": device, **{stage: seen for stage, seen in stages.items() if seen}}
+    awaits = {} if outcome.uncompared is None else {UNCOMPARED: outcome.uncompared}
+    return {"device": device, **awaits, **{stage: seen for stage, seen in stages.items() if seen}}
 
 
 def _environments(outcome: Outcome) -> dict[str, Any]:

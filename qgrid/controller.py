@@ -144,7 +144,7 @@ class Sweep:
                 self._mirror.start()
             to_run = []
             for each in self.planned:
-                if self._decisions[each.cell_id] in {"run", "rerun_stale"}:
+                if self._decisions[each.cell_id] in decisions.TO_RUN:
                     to_run.append(each)
                 else:
                     self._settle(each)
@@ -250,6 +250,8 @@ class Sweep:
         try:
             with self._attempts.counted(folder):
                 return pipeline.build(planned)
+        except leases.Lost:
+            return False
         except Exception as error:
             if place.is_unwritable(error):
                 raise
@@ -280,7 +282,7 @@ class Sweep:
     def _announce(self) -> None:
         """One line: how many cells there are and what will be done about them."""
         counts = Counter(self._decisions.values())
-        self.progress.open(counts["run"] + counts["rerun_stale"])
+        self.progress.open(sum(counts[each] for each in decisions.TO_RUN))
         parts = [f"{counts[key]} {text}" for key, text in decisions.WORDS.items() if counts[key]]
         self.progress.line(f"{len(self.planned)} cells: {', '.join(parts)}")
 
@@ -299,11 +301,13 @@ class Sweep:
         if given_up is not None:
             return assembly.refused(planned, given_up.status, given_up.message, now)
         begin = time.monotonic()
-        stale = self._decisions[planned.cell_id] == "rerun_stale"
+        decision = self._decisions[planned.cell_id]
         try:
             with self._attempts.counted(folder):
-                outcome = pipeline.run(planned, stale)
+                outcome = pipeline.run(planned, decision == "rerun_stale", decision == "compare")
             record = assembly.measured(planned, outcome, self.store, self._found, now)
+        except leases.Lost:
+            raise  # its artifact is another process's by now, and so is the rest
         except Exception as error:
             if place.is_unwritable(error):
                 raise

@@ -58,6 +58,7 @@ class Outcome:
     checks: tuple[Check, ...] = ()  # of the artifact, before this use
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    uncompared: str | None = None  # why the baseline is not there yet: a later launch compares
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -26,6 +26,7 @@ from qgrid.leases import LAUNCH, Lease
 from qgrid.processes import UnknownInterpreter, Worker, WorkerLost
 from qgrid.slots import Slot
 from qgrid.types import (
+    FAILURES,
     Check,
     Failure,
     Job,
@@ -48,8 +49,10 @@ class Pipeline:
         self._log = launch.folder / "worker.log"
         self._workers: dict[str, Worker] = {}
 
-    def run(self, planned: PlannedCell, stale: bool = False) -> Outcome:
+    def run(self, planned: PlannedCell, stale: bool = False, keep: bool = False) -> Outcome:
         """All stages of a cell. `stale`: quality of another environment is measured again.
+
+        `keep`: a timing that is there stays, for only the comparison was missing.
 
         Raises:
             Stopped: the sweep was told to end.
@@ -64,9 +67,14 @@ class Pipeline:
         if baseline is not None and baseline.quality_id not in self._launch.scored:
             with outcome.timed("waited"):  # slices are compared with its items
                 self._quality(baseline, None, False, Outcome())
+        if baseline is not None:
+            _await(self._launch.scored[baseline.quality_id], outcome)
         outcome.results["quality"] = self._quality(planned, baseline, stale, outcome)
         out = self._store / "cells" / planned.cell_id / "speed"
-        outcome.results["speed"] = self._stage("speed", planned, out, baseline, outcome)
+        timed = records.load_result(out / "result.json") if keep else None
+        if timed is None or timed.failure is not None:
+            timed = self._stage("speed", planned, out, baseline, outcome)
+        outcome.results["speed"] = timed
         return outcome
 
     def build(self, planned: PlannedCell) -> bool:
@@ -134,7 +142,7 @@ class Pipeline:
             self._discard(planned)
         if artifacts.exists(self._store, planned.artifact_id):
             was_made = earlier is not None and earlier.failure is None
-            return earlier if was_made and earlier is not None else StageResult("artifact")
+            return earlier if was_made and earlier is not None else self._found(planned, out)
         if this_launch and earlier is not None and earlier.failure is not None:
             return earlier
         _remove_remains(self._folder(planned))  # of a build that was killed
@@ -143,6 +151,14 @@ class Pipeline:
         finally:
             lease.check()
             _remove_remains(self._folder(planned))
+
+    def _found(self, planned: PlannedCell, out: Path) -> StageResult:
+        """The build of an artifact that was killed before it could say so, from its manifest."""
+        try:
+            found = artifacts.reused(self._folder(planned))
+        except (OSError, codec.InvalidValue):  # verifying it tells
+            return StageResult("artifact")
+        return self._told(found, None, out)
 
     def _discard(self, planned: PlannedCell) -> None:
         folder = self._folder(planned)
@@ -159,8 +175,10 @@ class Pipeline:
             reason = "it is not in this plan" if baseline is None else str(baseline.reason)
             outcome.notes.append(f"not compared with its baseline: {reason}")
             return None
-        failure = self._artifact(baseline, outcome)[0].failure
+        made = self._artifact(baseline, outcome)[0]
+        failure = made.failure
         if failure is not None:
+            _await(made, outcome)
             outcome.notes.append(f"not compared with its baseline: {failure.message}")
             return None
         outcome.baseline = baseline
@@ -227,14 +245,17 @@ class Pipeline:
             try:
                 ended = self._worker(stage, planned).run(out / "job.json", limit)
             except (WorkerLost, UnknownInterpreter) as error:
-                return self._failed(endings.lost(stage, str(error)), baseline, out)
+                return self._told(endings.lost(stage, str(error)), baseline, out)
         result = endings.result(stage, ended, out, limit)
-        return result if result.environment else self._failed(result, baseline, out)
+        return result if result.environment else self._told(result, baseline, out)
 
-    def _failed(self, result: StageResult, baseline: PlannedCell | None, out: Path) -> StageResult:
-        """A failure of which the stage itself left no word, written down for who else needs it."""
-        compared = None if baseline is None else baseline.artifact_id
-        environment = {"launch": self._launch.id, "baseline": compared}
+    def _told(self, result: StageResult, baseline: PlannedCell | None, out: Path) -> StageResult:
+        """An end of which the stage itself left no word, written down for who else needs it."""
+        environment = {
+            "fingerprint": self._launch.fingerprint,
+            "launch": self._launch.id,
+            "baseline": None if baseline is None else baseline.artifact_id,
+        }
         told = replace(result, environment=environment)
         records.save_result(out / "result.json", told)
         return told
@@ -265,6 +286,12 @@ class Pipeline:
             worker = Worker(environment, self._log, told, self._ahead, self._launch.stop)
             self._workers[environment] = worker
         return self._workers[environment]
+
+
+def _await(baseline: StageResult, outcome: Outcome) -> None:
+    """Note that a cell could not be compared, where another launch tries its baseline again."""
+    if baseline.failure is not None and baseline.failure.status in FAILURES:
+        outcome.uncompared = baseline.failure.message
 
 
 def _computes_elsewhere(stage: Stage, planned: PlannedCell) -> bool:

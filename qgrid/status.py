@@ -91,7 +91,7 @@ def _state(store: Path, cell_id: str, queued: Standing | None, held_ns: int | No
     head = glance.head(records.path(store, cell_id))
     if held_ns is not None and (head is None or held_ns > head.changed_ns):
         owner = leases.owner(leases.of(store, "cells", cell_id))
-        if owner is not None and not _has_ended(owner, queued):
+        if owner is not None and not _is_over(owner, queued):
             return State("running", _place(owner))
     if head is not None:  # of a cell that waits for another attempt, too
         return State(head.status or "unreadable")
@@ -103,9 +103,9 @@ def _state(store: Path, cell_id: str, queued: Standing | None, held_ns: int | No
     return State("queued", why=why)
 
 
-def _has_ended(owner: leases.Owner, queued: Standing | None) -> bool:
-    """Whether the queue knows that the job which holds a lease is over."""
-    return queued is not None and queued.task == owner.job and queued.state == "ended"
+def _is_over(owner: leases.Owner, queued: Standing | None) -> bool:
+    """Whether the queue knows that the job which holds a lease has ended, or waits to run again."""
+    return queued is not None and queued.task == owner.job and queued.state != "running"
 
 
 def _place(owner: leases.Owner) -> str:

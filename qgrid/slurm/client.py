@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -64,6 +65,7 @@ class Cluster:
 
     max_array_size: int
     accounts: bool  # whether `sacct` remembers jobs that have left the queue
+    memory_seconds: float = 300.0  # for which the queue remembers a job that has ended
 
 
 def submit(script: str, folder: Path) -> str:
@@ -73,7 +75,7 @@ def submit(script: str, folder: Path) -> str:
         SlurmError: it was refused.
     """
     said = _run(["sbatch", "--parsable", script], folder).strip()
-    number = said.partition(";")[0]
+    number = said.rpartition("\n")[2].partition(";")[0]  # some sites' sbatch greets before it
     if not number.isdigit():
         raise SlurmError(f"sbatch gave no number of a job but `{_line(said)}`")
     return number
@@ -165,7 +167,14 @@ def parse_config(text: str) -> Cluster:
     return Cluster(
         max_array_size=int(found.get("MaxArraySize", "1001")),
         accounts=bool(accounts) and not accounts.endswith(("/none", "(null)")),
+        memory_seconds=_memory_seconds(found.get("MinJobAge", "300 sec")),
     )
+
+
+def _memory_seconds(text: str) -> float:
+    """`300 sec`; 0 is for ever."""
+    seconds = float(text.partition(" ")[0])
+    return seconds if seconds else math.inf
 
 
 def _indices(text: str) -> Iterable[int | None]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qgrid import leases
 from qgrid.queued import Standing
-from qgrid.slurm import client, submissions
+from qgrid.slurm import client, script, submissions
 from qgrid.slurm.client import TaskState
 from qgrid.slurm.submissions import Submission
+from qgrid.store import place
 
 UNKNOWN = "GONE"  # it has left the queue, and nobody keeps accounts
 
@@ -82,11 +85,14 @@ def look(folder: Path, accounts: bool | None = None) -> Look:
         return Look((), {})
     queue = client.queue()
     known = submissions.found(folder, known, {each.name: each.job for each in queue})
-    jobs = {each.job for each in known if each.job is not None}
+    jobs = {
+        each.job: script.job_name(each.launch, each.array) for each in known if each.job is not None
+    }
     states = _by_task(queue, jobs)
-    forgotten = sorted(jobs - {job for job, _ in states})
+    forgotten = sorted(jobs.keys() - {job for job, _ in states})
     if forgotten and (client.cluster().accounts if accounts is None else accounts):
-        states |= _by_task(client.history(forgotten), jobs)
+        with contextlib.suppress(client.SlurmError):  # no accounts now; they have ended anyway
+            states |= _by_task(client.history(forgotten), jobs)
     return Look(tuple(known), states)
 
 
@@ -97,7 +103,22 @@ def standing(folder: Path) -> dict[str, Standing]:
 
 
 def cancel(folder: Path) -> list[str]:
-    """End all jobs of a sweep that wait or run; a line for each."""
+    """End all jobs of a sweep that wait or run; a line for each.
+
+    A launcher that submits right now does so to the end first: nothing comes after the cancelling.
+    """
+    if not submissions.read(folder):
+        return []
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(leases.held(leases.of(folder.parents[1], "sweeps", folder.name)))
+        except OSError as error:
+            if not place.is_unwritable(error):  # else nobody can submit
+                raise
+        return _cancel(folder)
+
+
+def _cancel(folder: Path) -> list[str]:
     seen = look(folder)
     live = [each for each in seen.tasks() if seen.is_live(each[2])]
     jobs = list(dict.fromkeys(state.job for _, _, state in live))
@@ -117,9 +138,12 @@ def _standing(state: TaskState) -> Standing:
     return Standing("queued", state.label, why)
 
 
-def _by_task(states: list[TaskState], jobs: set[str]) -> dict[tuple[str, int], TaskState]:
+def _by_task(
+    states: list[TaskState], jobs: Mapping[str, str]
+) -> dict[tuple[str, int], TaskState]:
+    """States of our jobs: number and name, for another cluster gives the same numbers."""
     return {
         (each.job, each.index): each
         for each in states
-        if each.index is not None and each.job in jobs
+        if each.index is not None and jobs.get(each.job) == each.name
     }

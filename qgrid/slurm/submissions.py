@@ -52,7 +52,7 @@ def check(folder: Path) -> None:
 
 
 def read(folder: Path) -> list[Submission]:
-    """All that was ever submitted for a sweep, the oldest of each launch first."""
+    """All that was ever submitted for a sweep, in Slurm's order; what has no number first."""
     found = []
     for launch in _names(folder / LAUNCHES):
         place = folder_of(folder, launch)
@@ -60,7 +60,7 @@ def read(folder: Path) -> list[Submission]:
         for array in filter(_ARRAY.fullmatch, arrays):
             tasks = codec.loads(TaskList, (place / f"{array}.json").read_text(encoding="utf-8"))
             found.append(Submission(launch, array, tasks.tasks, _number(place / f"{array}.job")))
-    return found
+    return sorted(found, key=lambda each: 0 if each.job is None else int(each.job))
 
 
 def next_arrays(folder: Path, launch: str, waves: Sequence[Wave]) -> Iterator[str]:
@@ -110,7 +110,7 @@ def found(folder: Path, known: Sequence[Submission], jobs: Mapping[str, str]) ->
 
 def _number(file: Path) -> str | None:
     try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["job"])
+        return str(int(json.loads(file.read_text(encoding="utf-8"))["job"]))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 

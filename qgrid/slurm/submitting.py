@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qgrid import leases
+from qgrid import commands, leases
 from qgrid.expected import Expected
 from qgrid.slurm import arrays, client, queue, script, submissions
 from qgrid.slurm.arrays import Array
@@ -67,8 +67,19 @@ def submit(
     done: list[Submission] = []
     for name, array in zip(names, planned, strict=True):
         jobs = [str(done[place].job) for place in array.after]
-        done.append(_submit_one(sweep, launch, name, array, jobs))
+        try:
+            done.append(_submit_one(sweep, launch, name, array, jobs))
+        except client.SlurmError as error:
+            raise type(error)(f"{error}{_rest(sweep, done)}") from None
     return done
+
+
+def _rest(sweep: Sweep, done: Sequence[Submission]) -> str:
+    """What to know after an array was refused, where others were taken."""
+    if not done:
+        return ""
+    jobs, resume = ", ".join(str(each.job) for each in done), commands.command("resume", sweep.folder)
+    return f"; jobs {jobs} were taken before and go on, `{resume}` submits the rest"
 
 
 def _submit_one(

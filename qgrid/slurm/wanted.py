@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qgrid import artifacts, glance, records, timing
 from qgrid import launch as launches
-from qgrid.decisions import UNRUN
+from qgrid.decisions import UNCOMPARED, UNRUN
 from qgrid.types import FINAL, RECORD_SCHEMA, PlannedCell, Settings
 
 
@@ -35,13 +35,21 @@ class Wanted:
             return True
         if not self._asked_again(planned, head.status):
             return False
+        launch = self.launch_of(planned)
+        if launch == self._launch:
+            return False
         is_final = head.status in FINAL and head.status not in UNRUN
-        return self.launch_of(planned) not in (self._since if is_final else {self._launch})
+        return launch not in self._since or not is_final or self._is_uncompared(planned)
 
     def has_record(self, planned: PlannedCell) -> bool:
         """Whether there is a record that can be read."""
         head = self._head(planned)
         return head is not None and head.status is not None
+
+    def has_good_record(self, planned: PlannedCell) -> bool:
+        """Whether there is a record that somebody may go by."""
+        head = self._head(planned)
+        return head is not None and head.status == "ok"
 
     def launch_of(self, planned: PlannedCell) -> str | None:
         """The launch that wrote the cell's record."""
@@ -61,10 +69,18 @@ class Wanted:
             return True
         if status not in FINAL or status in {*UNRUN, *rerun}:
             return True
+        if self._is_uncompared(planned):
+            return True
         if "unstable" not in rerun:
             return False
         record = records.read(self._store, planned.cell_id)
         return record is not None and timing.is_unstable(*record.measurements)
+
+    def _is_uncompared(self, planned: PlannedCell) -> bool:
+        if planned.baseline_cell_id is None:
+            return False
+        record = glance.whole(records.path(self._store, planned.cell_id))
+        return record is not None and UNCOMPARED in record.get("observed", {})
 
     def _head(self, planned: PlannedCell) -> glance.Head | None:
         file = records.path(self._store, planned.cell_id)

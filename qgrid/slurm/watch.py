@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -19,12 +19,14 @@ from qgrid import sweep as sweeps
 from qgrid.controller import INTERRUPTED, UNREADABLE
 from qgrid.progress import Progress
 from qgrid.slurm import client, script, submissions
+from qgrid.slurm.ends import Ends
 from qgrid.slurm.options import Options
 from qgrid.slurm.queue import Look
 from qgrid.slurm.submissions import Submission
 from qgrid.slurm.submitting import Sweep, submit
 from qgrid.slurm.wanted import Wanted
 from qgrid.store import place
+from qgrid.store.aside import set_aside
 from qgrid.types import Failure, PlannedCell, Settings, Status
 
 REFUSED = 2  # exit code: Slurm takes no job as it was asked
@@ -79,6 +81,7 @@ class Watch:
         self._waiting: dict[str, PlannedCell] = {}  # cells without their record, by id
         self._missed: Counter[str] = Counter()  # looks that found neither task nor record
         self._cancelled: set[str] = set()
+        self._kept = 0  # good records of cells that could not be measured again
         self._said = ""
 
     def begin(self) -> None:
@@ -86,10 +89,12 @@ class Watch:
         sweep = self._sweep
         with leases.held(sweep.lease):
             seen = sweep.look()
+            self._ends = Ends(sweep.cluster.memory_seconds, seen)
             joined = seen.live_launches()
             self._launch = joined[-1] if joined else launches.new_id()
             self._wanted = Wanted(sweep.folder, sweep.settings, self._launch)
             self._refuse()
+            self._set_damaged_aside()
             cells = self._wanted.cells(sweep.planned)
             self._waiting = {each.cell_id: each for each in cells}
             live = seen.live_cells()
@@ -103,10 +108,11 @@ class Watch:
         try:
             while self._waiting:
                 seen = self._look()
-                if seen is not None:
-                    self._settle(seen)
+                self._settle({} if seen is None else seen.latest(self._launch))
+                if seen is not None and self._waiting:
                     self._say(seen)
-                    if self._waiting and not self._goes_on(seen):
+                    self._ends.see(seen)
+                    if not self._goes_on(seen):
                         return
                 if self._waiting:
                     time.sleep(self._sweep.options.poll_seconds)
@@ -130,7 +136,7 @@ class Watch:
             resume = commands.command("resume", sweep.folder)
             line = f"{without} cells have no record; `{resume}` goes on"
             self._progress.line(line)
-        return sweeps.conclude(sweep.folder, 1 if without else code)
+        return sweeps.conclude(sweep.folder, 1 if without or self._kept else code)
 
     def _refuse(self) -> None:
         """Write the records of cells that the plan refuses: they need no machine."""
@@ -140,6 +146,16 @@ class Watch:
             sweep = self._sweep
             quiet = Progress(refused, io.StringIO())
             controller.Sweep(refused, sweep.settings, sweep.folder, quiet, part).run()
+
+    def _set_damaged_aside(self) -> None:
+        """Make room for what cannot be read: its cell is measured again."""
+        for each in self._sweep.planned:
+            try:
+                records.read(self._sweep.store, each.cell_id)
+            except records.DamagedRecord as error:
+                store = self._sweep.store
+                there = set_aside(store, records.path(store, each.cell_id))
+                self._progress.line(f"{error}: it is now {there}")
 
     def _announce(self, queued: int, submitted: Sequence[Submission]) -> None:
         cells = sum(len(task.cells) for each in submitted for task in each.tasks)
@@ -154,16 +170,15 @@ class Watch:
             self._progress.line(f"launch {self._launch}: jobs {jobs}{made}")
 
     def _look(self) -> Look | None:
-        """The queue; None, with a line, while Slurm's controller does not answer."""
+        """The queue; None, with a line, while Slurm does not answer."""
         try:
             return self._sweep.look()
-        except client.Silent as error:
+        except client.SlurmError as error:  # it did when this launcher began
             self._tell(f"{error}; asking again")
             return None
 
-    def _settle(self, seen: Look) -> None:
-        """Tell of each record that has come, and wait for it no more."""
-        tasks = seen.latest()
+    def _settle(self, tasks: Mapping[str, tuple[Submission, client.TaskState]]) -> None:
+        """Tell of each record that has come, and wait for it no more; `tasks`: the last by cell."""
         for cell_id, planned in list(self._waiting.items()):
             submission_state = tasks.get(cell_id)
             ended = submission_state is not None and submission_state[1].state == "COMPLETED"
@@ -177,13 +192,12 @@ class Watch:
 
     def _goes_on(self, seen: Look) -> bool:
         """Submit again what vanished; False when nothing is left to wait for."""
-        live, last = seen.live_cells(), seen.latest()
+        live, last = seen.live_cells(), seen.latest(self._launch)
         gone = []
         for cell_id, planned in list(self._waiting.items()):
-            state = last[cell_id][1].state if cell_id in last else None
             if cell_id in live:
                 self._missed.pop(cell_id, None)
-            elif state == "CANCELLED":
+            elif cell_id in last and self._ends.is_cancelled(last[cell_id][1]):
                 self._cancelled.add(cell_id)
                 del self._waiting[cell_id]
             else:
@@ -191,7 +205,12 @@ class Watch:
                 if self._missed[cell_id] >= LOOKS:
                     gone.append(planned)
         if gone:
-            self._again()
+            try:
+                self._again()
+            except client.SlurmError as error:
+                if not live and not isinstance(error, client.Silent):
+                    raise
+                self._tell(f"{error}; asking again")
         if self._cancelled and not self._waiting:
             self._progress.line(f"{len(self._cancelled)} cells were cancelled in the queue")
         return bool(self._waiting)
@@ -201,11 +220,11 @@ class Watch:
         sweep = self._sweep
         with leases.held(sweep.lease):
             seen = sweep.look()
-            live, last = seen.live_cells(), seen.latest()
+            live, last = seen.live_cells(), seen.latest(self._launch)
             times = Counter(
                 cell
                 for each in seen.submitted
-                if each.launch == self._launch
+                if each.launch == self._launch and each.job is not None
                 for task in each.tasks
                 for cell in task.cells
             )
@@ -232,6 +251,12 @@ class Watch:
         folder = records.path(store, planned.cell_id).parent
         earlier = attempts.earlier(folder, self._launch)
         failure = _failure(earlier, last)
+        if self._wanted.has_good_record(planned):
+            label = self._progress.label(planned)
+            self._progress.line(f"{label} keeps its earlier record: {failure.message}")
+            self._kept += 1
+            del self._waiting[planned.cell_id]
+            return
         lease = leases.attempt(leases.of(store, "cells", planned.cell_id))
         if lease is None:
             return

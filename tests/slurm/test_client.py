@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def test_the_configuration() -> None:
     none = CONFIG.replace("accounting_storage/slurmdbd", "accounting_storage/none")
     assert client.parse_config(none) == Cluster(4001, accounts=False)
     assert client.parse_config("") == Cluster(1001, accounts=False)
+    assert client.parse_config("MinJobAge               = 20 sec\n").memory_seconds == 20
+    assert client.parse_config("MinJobAge               = 0 sec\n").memory_seconds == math.inf
 
 
 @pytest.mark.parametrize("job", ["1; id", "--all", "1 2", "", "12_[0-3]", "*"])
