@@ -73,7 +73,8 @@ endif
 
 # torch goes first: a later requirement must find it and not choose another build. Packages that come
 # as sources are built meanwhile, once for a machine (qgrid/envs/wheels.py); without a compiler what
-# needs them is `unsupported`, and the rest works.
+# needs them is `unsupported`, and the rest works. `compat`: a folder called `qgrid` in the working
+# directory, such as a clone seen from above, does not hide the package.
 $(VENV)/main.stamp: $(LOCKS) pyproject.toml qgrid/envs/wheels.py | $(VENV)/bin/python
 	@echo "installing into $(VENV): some minutes ..."
 	@CMAKE_ARGS="$$(cat $(VENV)/cmake.txt 2>/dev/null)" \
@@ -81,7 +82,7 @@ $(VENV)/main.stamp: $(LOCKS) pyproject.toml qgrid/envs/wheels.py | $(VENV)/bin/p
 	$(BIN)/python -m qgrid.envs.wheels --rest > $(VENV)/requirements.txt; \
 	$(BIN)/python -m pip install -q $(TORCH_ARGS) $$(grep '^torch==' $(LOCKS)) && \
 	$(BIN)/python -m pip install -q -r $(VENV)/requirements.txt && \
-	$(BIN)/python -m pip install -q --no-deps -e . ; \
+	$(BIN)/python -m pip install -q --no-deps --config-settings editable_mode=compat -e . ; \
 	status=$$?; wait; exit $$status
 	@while read -r folder; do $(BIN)/python -m pip install -q --no-deps --force-reinstall "$$folder"/*.whl || exit 1; done < $(VENV)/wheels.txt
 	@touch $@

@@ -17,7 +17,8 @@ qgrid measures quantized language models: which one do you ship?
   python -m qgrid [-m] [OVERRIDE ...]     run a grid (Hydra overrides: method=awq,gptq bits=4,8)
   python -m qgrid +sweeps=NAME [...]      run a committed grid
   python -m qgrid plan [OVERRIDE ...]     the same grid, printed and not run
-  python -m qgrid status|cancel|resume [SWEEP]   how far it is; end it; go on where it stopped
+  python -m qgrid status|resume [SWEEP]   how far it is; go on where it stopped
+  python -m qgrid cancel SWEEP            end it, here and in the queue; what has ended stays
   python -m qgrid report [SWEEP]          rewrite and print the tables of a sweep from its records
   python -m qgrid sync [SWEEP]            replay records into Weights & Biases
   python -m qgrid workspace               save the W&B workspace with parallel coordinates (login)
@@ -129,7 +130,8 @@ def _module(name: str) -> Callable[[list[str]], int]:
         except BrokenPipeError:
             raise
         except OSError as error:
-            return _wrong(place.sentence(error))
+            _wrong(place.sentence(error))
+            return 1 if place.is_unwritable(error) else 2
         except ValueError as error:  # a file that this version cannot read
             return _wrong(" ".join(str(error).split()))
 
@@ -164,7 +166,8 @@ def _on_sweep(verb: str, arguments: list[str], act: Callable[[Path, str | None],
     except BrokenPipeError:
         raise
     except OSError as error:
-        return _wrong(place.sentence(error))
+        _wrong(place.sentence(error))
+        return 1 if place.is_unwritable(error) else 2
     except ValueError as error:  # a record or a plan that this version cannot read
         return _wrong(" ".join(str(error).split()))
 
@@ -177,7 +180,9 @@ def _unknown_verb(word: str) -> str:
 
 
 def _wrong(sentence: str) -> int:
-    print(f"qgrid: {sentence}", file=sys.stderr)
+    from qgrid import redact
+
+    print(f"qgrid: {redact.text(sentence)}", file=sys.stderr)
     return 2
 
 

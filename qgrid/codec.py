@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -74,6 +75,19 @@ def loads(kind: type[T], text: str | bytes, prefix: str = "") -> T:
         wrong = UnknownKey if kinds <= _UNKNOWN else InvalidValue
         raise wrong("; ".join(_sentences(error, prefix))) from None
     return parsed
+
+
+def read(kind: type[T], file: Path) -> T:
+    """A frozen type from a JSON file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InvalidValue: the message begins with the file.
+    """
+    try:
+        return loads(kind, file.read_bytes())
+    except InvalidValue as error:
+        raise InvalidValue(f"{file}: {error}") from None
 
 
 def convert(kind: type[T], value: Mapping[str, Any], prefix: str = "") -> T:

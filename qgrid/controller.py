@@ -13,6 +13,7 @@ from qgrid import (
     artifacts,
     assembly,
     attempts,
+    builds,
     commands,
     crew,
     decisions,
@@ -38,7 +39,6 @@ from qgrid.types import (
     PlannedCell,
     Record,
     Settings,
-    StageResult,
 )
 
 INTERRUPTED, UNREADABLE, STORE_FAILED = 130, 2, 3  # ends of a launch
@@ -136,8 +136,7 @@ class Sweep:
         """
         self._known = self._readable()
         for each in self.planned:
-            decided = self._rule.decide(each, self._known.get(each.cell_id))
-            self._decisions[each.cell_id] = decided
+            self._decisions[each.cell_id] = self._decide(each)
         self._announce()
         try:
             if set(self._decisions.values()) - {"done", "stale"} or self._part.builds:
@@ -154,6 +153,16 @@ class Sweep:
                 self.progress.close()
                 self._mirror.close()
 
+    def _decide(self, planned: PlannedCell) -> Decision:
+        record = self._known.get(planned.cell_id)
+        decided = self._rule.decide(planned, record)
+        result = self.store / "quality" / planned.quality_id / "result.json"
+        is_measured = record is not None and record.status == "ok"
+        if decided == "done" and is_measured and planned.status is None and not result.exists():
+            here = decisions.may_run_here(planned.cell, self._found)
+            return "complete" if here else decided  # `fsck` has set it aside
+        return decided
+
     def _readable(self) -> dict[str, Record]:
         """The records that there are; a damaged one is set aside, and its cell measured again."""
         known = {}
@@ -162,7 +171,7 @@ class Sweep:
                 record = records.read(self.store, each.cell_id)
             except records.DamagedRecord as error:
                 there = set_aside(self.store, records.path(self.store, each.cell_id))
-                self.progress.line(f"{error}: it is now {there}")
+                self.progress.line(f"{error.what}: set aside as {there}, and measured again")
                 continue
             if record is not None:
                 known[each.cell_id] = record
@@ -171,27 +180,42 @@ class Sweep:
     def _settle(self, planned: PlannedCell) -> None:
         """Bring a cell that does not run to its end: its old record stays, or says why not."""
         decision, record = self._decisions[planned.cell_id], self._known.get(planned.cell_id)
-        if record is None or decision in {"refuse", "wrong_device"}:
-            record = self._refused(planned)
-            records.write(self.store, record)
-            self._mirror.log(record)
+        remark = decisions.REMARKS.get(decision, "")
+        if record is None or decision in decisions.REFUSALS:
+            record, remark = self._refuse(planned)
         self.records[planned.cell_id] = record
-        self.progress.end(planned, record, False, decisions.REMARKS.get(decision, ""))
+        self.progress.end(planned, record, False, remark)
+
+    def _refuse(self, planned: PlannedCell) -> tuple[Record, str]:
+        """Write down why a cell does not run here, unless another machine runs it, or has."""
+        refused = self._refused(planned)
+        lease = leases.attempt(leases.of(self.store, "cells", planned.cell_id))
+        if lease is None:
+            return refused, "(at work in another launcher)"
+        try:
+            found = self._by_another(planned)
+            if found and self._rule.decide(planned, found) not in decisions.REFUSALS:
+                return found, "(done by another launcher)"
+            records.write(self.store, refused)
+        finally:
+            lease.release()
+        self._mirror.log(refused)
+        return refused, ""
 
     def _work(self, to_run: Sequence[PlannedCell]) -> None:
         """Run cells in all slots, the artifacts that they lack before them."""
         baselines = {each.cell_id: self._launch.baseline(each) for each in to_run}
-        builds = schedule.needed(
+        missing = schedule.needed(
             [*self._part.builds, *to_run],
             lambda each: baselines.get(each.cell_id),
             lambda artifact_id: (
                 artifacts.exists(self.store, artifact_id) and not self._settings.fresh
             ),
         )
-        if not to_run and not builds:
+        if not to_run and not missing:
             return
         queue = schedule.Queue(
-            builds,
+            missing,
             schedule.ordered(to_run, self._seconds()),
             lambda each: baselines[each.cell_id],
             self._launch.stop.check,
@@ -241,23 +265,7 @@ class Sweep:
         """Make an artifact; False: another process is at it."""
         if not decisions.may_run_here(planned.cell, self._found):
             return True  # its cells will say so
-        folder = self.store / "builds" / planned.artifact_id
-        given_up = self._attempts.given_up(folder)
-        if given_up is not None:
-            environment = {"launch": self._part.launch}
-            result = StageResult("artifact", failure=given_up, environment=environment)
-            records.save_result(folder / "result.json", result)
-        try:
-            with self._attempts.counted(folder):
-                return pipeline.build(planned)
-        except leases.Lost:
-            return False
-        except Exception as error:
-            if place.is_unwritable(error):
-                raise
-            failure = assembly.fault(error)  # its cells' end, not the grid's
-            self._launch.made[planned.artifact_id] = StageResult("artifact", failure=failure)
-            return True
+        return builds.make(planned, pipeline, self._launch, self._attempts)
 
     def _by_another(self, planned: PlannedCell) -> Record | None:
         """The record that another process has written since this one looked."""
@@ -290,7 +298,9 @@ class Sweep:
         """The record of a cell that does not run here."""
         if planned.status is not None:
             return assembly.refused(planned, planned.status, planned.reason or "", self._now())
-        reason = f"planned for `{planned.cell.gpu.name}`; this machine has `{self._found.name}`"
+        apart = device.mismatch(planned.cell.gpu, self._found)
+        here = f"this machine has `{self._found.name}` ({apart})"
+        reason = f"planned for `{planned.cell.gpu.name}`; {here}"
         return assembly.refused(planned, "wrong_device", reason, self._now())
 
     def _record(self, planned: PlannedCell, pipeline: Pipeline) -> Record:
@@ -304,7 +314,7 @@ class Sweep:
         decision = self._decisions[planned.cell_id]
         try:
             with self._attempts.counted(folder):
-                outcome = pipeline.run(planned, decision == "rerun_stale", decision == "compare")
+                outcome = pipeline.run(planned, decision == "rerun_stale", decision == "complete")
             record = assembly.measured(planned, outcome, self.store, self._found, now)
         except leases.Lost:
             raise  # its artifact is another process's by now, and so is the rest

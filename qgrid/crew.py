@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from qgrid.pipeline import Pipeline
 from qgrid.schedule import Queue, Unit
 from qgrid.slots import Slot
-from qgrid.stopping import Stop, Stopped, undisturbed
+from qgrid.stopping import Interrupted, Stop, Stopped, deferred
 
 
 def work(
@@ -21,10 +21,10 @@ def work(
     """Bring all units of the queue to their end; `perform` says whether it did.
 
     Raises:
-        Whatever a slot or a signal raised first, once every slot has ended.
+        Interrupted: a signal ended it, or whatever a slot raised first; every slot has ended.
     """
     errors: list[BaseException] = []
-    ended = threading.Semaphore(0)  # a thread whose `join` was interrupted passes for ended
+    ended = threading.Semaphore(0)
 
     def run(slot: Slot) -> None:
         pipeline = open_pipeline(slot)
@@ -43,19 +43,12 @@ def work(
             pipeline.close()
             ended.release()
 
-    for slot in slots:
-        threading.Thread(target=run, args=(slot,), daemon=True).start()
-    waiting = len(slots)
-    try:
-        while waiting:
+    with deferred(stop) as signals:
+        for slot in slots:
+            threading.Thread(target=run, args=(slot,), daemon=True).start()
+        for _ in slots:
             ended.acquire()
-            waiting -= 1
-    except BaseException as error:
-        stop.set(str(error))
-        with undisturbed():
-            while waiting:
-                ended.acquire()
-                waiting -= 1
-        raise
     if errors:
         raise errors[0]
+    if signals:
+        raise Interrupted(signals[0])

@@ -8,11 +8,11 @@ from typing import Literal
 from qgrid import device, registry, timing
 from qgrid.types import FINAL, Cell, Gpu, PlannedCell, Record, Settings
 
-Decision = Literal["run", "rerun_stale", "compare", "done", "stale", "refuse", "wrong_device"]
+Decision = Literal["run", "rerun_stale", "complete", "done", "stale", "refuse", "wrong_device"]
 WORDS: dict[Decision, str] = {
     "run": "to run",
     "rerun_stale": "stale, to run again",
-    "compare": "to compare with a baseline that was not there",
+    "complete": "to complete, for a part was missing",
     "done": "done before",
     "stale": "stale (measured in another environment; `rerun=stale` repeats them)",
     "refuse": "refused",
@@ -22,8 +22,9 @@ REMARKS: dict[Decision, str] = {
     "done": "(done before)",
     "stale": "(stale: measured in another environment)",
 }
-TO_RUN: frozenset[Decision] = frozenset({"run", "rerun_stale", "compare"})
+TO_RUN: frozenset[Decision] = frozenset({"run", "rerun_stale", "complete"})
 UNCOMPARED = "uncompared"  # in a record's `observed`: why its baseline was not there yet
+REFUSALS: tuple[Decision, ...] = ("refuse", "wrong_device")
 UNRUN = ("unsupported", "does_not_fit", "wrong_device")  # statuses of cells that never ran
 MEASURED = ("ok", "oom")  # what was found out stays, also when a plan refuses the cell by now
 
@@ -51,7 +52,7 @@ class Rule:
         if record is None or self._is_wanted_again(record):
             return "run"
         if record.environment.get("fingerprint") == self.fingerprint:
-            return "compare" if UNCOMPARED in record.observed else "done"
+            return "complete" if UNCOMPARED in record.observed else "done"
         return "rerun_stale" if "stale" in self.settings.rerun else "stale"
 
     def _is_wanted_again(self, record: Record) -> bool:

@@ -27,20 +27,29 @@ def describe() -> Gpu:
 
 
 def matches(planned: Gpu, found: Gpu) -> bool:
-    """Whether a cell planned for `planned` may run on `found`.
+    """Whether a cell planned for `planned` may run on `found`; see `mismatch`."""
+    return mismatch(planned, found) is None
+
+
+def mismatch(planned: Gpu, found: Gpu) -> str | None:
+    """In what `found` is not the device that was planned, as keys of `gpu`; None: it is.
 
     The name must hold `planned.match` as whole words, kind and capability must be equal, the
     memory must be the planned one within 12 %, and there must be enough devices.
     """
     words = rf"(?<![a-z0-9]){re.escape(planned.match.lower())}(?![a-z0-9])"
-    named = not planned.match or re.search(words, found.name.lower()) is not None
-    return (
-        named
-        and planned.kind == found.kind
-        and planned.capability in {None, found.capability}
-        and abs(planned.memory_gib - found.memory_gib) <= MEMORY_TOLERANCE * planned.memory_gib
-        and planned.count <= found.count
-    )
+    apart = abs(planned.memory_gib - found.memory_gib)
+    rules = {
+        f"`match={planned.match}` is not in `{found.name}`": planned.match != ""
+        and re.search(words, found.name.lower()) is None,
+        f"`kind={planned.kind}`, found {found.kind}": planned.kind != found.kind,
+        f"`capability={planned.capability}`, found {found.capability}": planned.capability
+        not in {None, found.capability},
+        f"`memory_gib={planned.memory_gib:g}`, found {found.memory_gib:g}": apart
+        > MEMORY_TOLERANCE * planned.memory_gib,
+        f"`count={planned.count}`, found {found.count}": planned.count > found.count,
+    }
+    return ", ".join(rule for rule, is_broken in rules.items() if is_broken) or None
 
 
 @cache

@@ -9,8 +9,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+_PART = 1 << 22  # bytes read between two looks whether to stop
 
 
 def write_atomic(path: Path, data: str | bytes, durable: bool = True) -> None:
@@ -87,21 +89,33 @@ def _temporary() -> Path:
     return Path(tempfile.gettempdir()) / f"qgrid-{os.getuid()}"
 
 
-def sha256(path: Path) -> str:
-    """Hash of a file's content, read in one pass."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(path: Path, stop: Callable[[], object] | None = None) -> str:
+    """Hash of a file's content, read in one pass; `stop` may raise to give up half way."""
+    if stop is None:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    found, part = hashlib.sha256(), memoryview(bytearray(_PART))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(part):
+            found.update(part[:size])
+            stop()
+    return found.hexdigest()
 
 
 class HashCache:
     """Hashes of files remembered by path, size, time and inode, so that 140 GB are read once."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stop: Callable[[], object] | None = None) -> None:
+        """`stop` may raise to give up a hash half way."""
         self._path = path
-        self._known: dict[str, list[str]] = {}
+        self._stop = stop
+        self._known = self._read()
+
+    def _read(self) -> dict[str, list[str]]:
         with contextlib.suppress(FileNotFoundError, ValueError):  # a torn file is begun anew
-            known = json.loads(path.read_text(encoding="utf-8"))
-            self._known = known if isinstance(known, dict) else {}
+            known = json.loads(self._path.read_text(encoding="utf-8"))
+            return known if isinstance(known, dict) else {}
+        return {}
 
     def sha256(self, path: Path, fresh: bool = False) -> str:
         """The hash of `path`; `fresh` reads the file even when its hash is remembered."""
@@ -109,14 +123,16 @@ class HashCache:
         entry = self._known.get(key)
         if entry and entry[0] == stamp and not fresh:
             return entry[1]
-        self.remember({path: sha256(path)})
+        self.remember({path: sha256(path, self._stop)})
         return self._known[key][1]
 
     def remember(self, hashes: Mapping[Path, str]) -> None:
         """Keep hashes that were just computed, e.g. before a folder was renamed."""
+        new = {}
         for path, value in hashes.items():
             key, stamp = _identity(path)
-            self._known[key] = [stamp, value]
+            new[key] = [stamp, value]
+        self._known |= self._read() | new  # others may have written since
         write_atomic(self._path, json.dumps(self._known))
 
 

@@ -47,10 +47,16 @@ def whole(file: Path) -> dict[str, Any] | None:
 def planned_ids(plan_file: Path) -> list[tuple[str, str]]:
     """Cell and artifact of each line of a written plan, in order."""
     found = []
-    for line in plan_file.read_text(encoding="utf-8").splitlines():
+    for line in plan_file.read_text(encoding="utf-8").rstrip("\n").split("\n"):
         ids = _IDS.match(line)
         if ids is None:
-            whole_line = json.loads(line)
+            try:
+                whole_line = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{plan_file} is cut short ({error}); give the grid's command again, which "
+                    "writes it anew"
+                ) from None
             found.append((str(whole_line["cell_id"]), str(whole_line["artifact_id"])))
         else:
             found.append((ids[1], ids[2]))

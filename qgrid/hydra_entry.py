@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from qgrid import config, sweep
+from qgrid import config, redact, sweep
 from qgrid.store import place
 from qgrid.types import Choice, Settings
 
@@ -50,8 +50,8 @@ def enter(arguments: list[str]) -> int:
     except expected as error:
         if wants_trace or isinstance(error, BrokenPipeError):
             raise
-        print(f"qgrid: {sentence(error)}", file=sys.stderr)  # noqa: T201
-        return 2
+        print(f"qgrid: {redact.text(sentence(error))}", file=sys.stderr)  # noqa: T201
+        return 1 if place.is_unwritable(error) else 2
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 2
     return 0

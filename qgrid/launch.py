@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from qgrid import records
+from qgrid import leases, records
 from qgrid.files import write_atomic
 from qgrid.stopping import Stop
 from qgrid.types import Check, Manifest, PlannedCell, Settings, Stage, StageResult
@@ -36,8 +36,21 @@ def since(folder: Path) -> frozenset[str]:
 
 
 def planned_anew(folder: Path) -> None:
-    """Write down which launches belong to an earlier plan or command."""
-    write_atomic(folder / EARLIER, "".join(f"{each}\n" for each in sorted(_launches(folder))))
+    """Write down which launches belong to an earlier plan or command: not those that still run."""
+    store = folder.parents[1]
+    over = [each for each in sorted(_launches(folder)) if not _runs(store, each)]
+    write_atomic(folder / EARLIER, "".join(f"{each}\n" for each in over))
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a launch of a sweep is known to run on this machine."""
+    return any(_runs(folder.parents[1], each) for each in _launches(folder))
+
+
+def _runs(store: Path, name: str) -> bool:
+    """Whether a launch is known to run, here: one elsewhere may have died without a word."""
+    owner = leases.owner(leases.of(store, "launches", name))
+    return owner is not None and owner.is_here
 
 
 def _launches(folder: Path) -> list[str]:
@@ -110,7 +123,9 @@ class Launch:
         """Whether a stage was done for this command, where `fresh` asks for all of them anew."""
         if not self.settings.fresh:
             return True
-        return result is not None and result.environment.get("launch") in self.since
+        made_in = None if result is None else result.environment.get("launch")
+        # one that joined later is not known from the beginning
+        return made_in is not None and (made_in in self.since or made_in in since(self.folder))
 
     def ended(self, result: StageResult | None) -> bool:
         """Whether a stage ended in this launch, in this process or in another."""

@@ -14,6 +14,7 @@ is not there, and then they lock nothing or wait for ever.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import platform
 import threading
@@ -54,7 +55,7 @@ class Owner:
     @property
     def is_here(self) -> bool:
         """Whether its process number can be looked up by this process."""
-        return self.boot == _boot()
+        return self.boot == _boot() and not _is_hidden(self.pid)
 
     @property
     def is_gone(self) -> bool:
@@ -151,10 +152,8 @@ def owner(folder: Path) -> Owner | None:
 def is_released(folder: Path) -> bool:
     """Whether nobody has it because it was given back, or never taken."""
     last = _highest(folder)
-    try:
-        return not last or (folder / str(last)).read_bytes().startswith(_RELEASED)
-    except FileNotFoundError:  # it changes right now
-        return False
+    content = _content(folder / str(last)) if last else _RELEASED
+    return content is not None and content.startswith(_RELEASED)
 
 
 def seconds() -> float:
@@ -196,9 +195,21 @@ def _overwrite(file: Path, content: bytes) -> None:
 def _owner(file: Path) -> Owner | None:
     """Who is written in a file; None: released, gone, or its owner is not written yet."""
     try:
-        return codec.loads(Owner, file.read_bytes().partition(b"\n")[0])
-    except (FileNotFoundError, codec.InvalidValue):
+        return codec.loads(Owner, (_content(file) or b"").partition(b"\n")[0])
+    except codec.InvalidValue:
         return None
+
+
+def _content(file: Path) -> bytes | None:
+    """None: it changes hands right now, and its file is gone."""
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # removed on another machine while it was read
+            return None
+        raise
 
 
 _SEEN: dict[Path, tuple[tuple[int, int], float]] = {}  # file -> its size and time, and since when
@@ -206,9 +217,12 @@ _SEEN: dict[Path, tuple[tuple[int, int], float]] = {}  # file -> its size and ti
 
 def _is_free(file: Path) -> bool:
     """Whether the owner of the highest file gave it back or is dead."""
+    content = _content(file)  # first: to open it brings what is known of it up to date
     try:
-        content, stat = file.read_bytes(), file.stat()
-    except FileNotFoundError:  # it changes right now
+        stat = file.stat()
+    except OSError:
+        return False
+    if content is None:
         return False
     if content.startswith(_RELEASED):
         _SEEN.pop(file, None)
@@ -241,6 +255,17 @@ def _boot() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 - it points nowhere
     except OSError:
         return platform.node()
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether it is another user's process, where `/proc` shows everybody their own alone."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return not Path(f"/proc/{pid}").exists()
+    except OSError:
+        pass
+    return False
 
 
 def _started(pid: int) -> str | None:

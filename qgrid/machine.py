@@ -30,13 +30,19 @@ def hold(
 
     `stop` is called while waiting and may raise to give up.
     """
-    numbers = range(os.cpu_count() or 1) if cores is None else sorted(cores)
+    numbers = _all() if cores is None else sorted(cores)
     with contextlib.ExitStack() as held:
         for card in sorted(cards):
             held.enter_context(_turn(f"card-{card}", True, stop))
         for number in numbers:
             held.enter_context(_turn(f"core-{number}", alone, stop))
         yield
+
+
+def _all() -> list[int]:
+    """Every core of the machine: their numbers need not be those from 0 to their count."""
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    return sorted(mine | set(range(os.cpu_count() or 1)))
 
 
 @contextlib.contextmanager

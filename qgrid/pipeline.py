@@ -52,7 +52,7 @@ class Pipeline:
     def run(self, planned: PlannedCell, stale: bool = False, keep: bool = False) -> Outcome:
         """All stages of a cell. `stale`: quality of another environment is measured again.
 
-        `keep`: a timing that is there stays, for only the comparison was missing.
+        `keep`: a timing that is there stays, for another part was missing.
 
         Raises:
             Stopped: the sweep was told to end.
@@ -77,20 +77,14 @@ class Pipeline:
         outcome.results["speed"] = timed
         return outcome
 
-    def build(self, planned: PlannedCell) -> bool:
-        """Make the artifact of a cell unless it is there; False: another process is at it.
+    def build(self, planned: PlannedCell, lease: Lease) -> None:
+        """Make the artifact of a cell unless it is there; its lease is held.
 
         Raises:
             Stopped: the sweep was told to end.
+            Lost: another process has taken the lease over.
         """
-        lease = leases.attempt(self._lease(planned))
-        if lease is None:
-            return False
-        try:
-            self._launch.made[planned.artifact_id] = self._made(planned, lease, Outcome())
-        finally:
-            lease.release()
-        return True
+        self._launch.made[planned.artifact_id] = self._made(planned, lease, Outcome())
 
     def close(self) -> None:
         """End all workers and whatever they run."""
@@ -116,19 +110,28 @@ class Pipeline:
             self._launch.made[planned.artifact_id] = known
         if known.failure is not None:
             return known, known.checks
-        with outcome.timed("verify"):
-            checks = artifacts.verify(
-                self._folder(planned),
-                planned,
-                files.HashCache(self._store / "hashes.json"),
-                full=self._settings.verify == "full",
-            )
+        checks = self._verified(planned, outcome)
         bad = [check for check in checks if check.fatal and not check.ok]
         if not bad:
             return known, checks
         faults = "; ".join(f"{c.name}: expected {c.expected}, found {c.actual}" for c in bad)
         message = f"the stored artifact fails {faults}; `fresh=true` builds it again"
         return StageResult("artifact", failure=Failure("bad_artifact", message)), checks
+
+    def _verified(self, planned: PlannedCell, outcome: Outcome) -> tuple[Check, ...]:
+        """Check the artifact, while no timing runs beside it: it may read and hash all of it."""
+        stop = self._launch.stop.check
+        with contextlib.ExitStack() as held:
+            if not _computes_elsewhere("quality", planned):
+                with outcome.timed("waited"):
+                    held.enter_context(self._machine("quality", planned))
+            with outcome.timed("verify"):
+                return artifacts.verify(
+                    self._folder(planned),
+                    planned,
+                    files.HashCache(self._store / "hashes.json", stop),
+                    full=self._settings.verify == "full",
+                )
 
     def _made(self, planned: PlannedCell, lease: Lease, outcome: Outcome) -> StageResult:
         """The artifact's build, done now or before; its lease is held."""
@@ -189,7 +192,7 @@ class Pipeline:
     ) -> StageResult:
         """The quality of this id, measured unless it is on disk and complete."""
         known = self._launch.scored.get(planned.quality_id)
-        if known is not None:
+        if known is not None and self._usable(known, baseline, stale):
             return known
         out = self._store / "quality" / planned.quality_id
         lease = leases.of(self._store, "quality", planned.quality_id)

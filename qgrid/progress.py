@@ -58,7 +58,7 @@ class Progress:
     def stage(self, planned: PlannedCell, stage: Stage) -> None:
         """A stage of a cell starts."""
         with self._lock:
-            text = f"{self._labels[planned.cell_id]}: {stage}"
+            text = f"{self.label(planned)}: {stage}"
             if self._bar is not None and self._task is not None:
                 self._bar.update(self._task, description=text, left=self._left(), refresh=True)
             else:
@@ -72,7 +72,7 @@ class Progress:
                 self._ran += 1
                 seconds = time.monotonic() - self._begun[planned.cell_id]
                 remark = f"in {seconds:.1f} s"
-            text = f"{record.status:<12} {self._labels[planned.cell_id]} {remark}".rstrip()
+            text = f"{record.status:<12} {self.label(planned)} {remark}".rstrip()
             if record.error is not None:
                 text += f": {record.error.message}"
             left = self._left() if ran else ""
@@ -93,7 +93,9 @@ class Progress:
             self._stream.flush()
 
     def label(self, planned: PlannedCell) -> str:
-        """A cell's name in this sweep."""
+        """A cell's name in this sweep; also of one that is only built, or compared with."""
+        if planned.cell_id not in self._labels:
+            self._labels |= labels([planned])
         return self._labels[planned.cell_id]
 
     def _left(self) -> str:

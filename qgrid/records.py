@@ -21,6 +21,10 @@ class UnreadableRecord(ValueError):
 class DamagedRecord(UnreadableRecord):
     """A record that no version can read: cut short, or not what its schema says."""
 
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; delete it to measure the cell again")
+        self.what = what
+
 
 def path(store: Path, cell_id: str) -> Path:
     """Where the record of a cell lies."""
@@ -52,9 +56,7 @@ def load(file: Path) -> Record | None:
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as error:
-        raise DamagedRecord(
-            f"{file} is not text ({error.reason}); delete it to measure the cell again"
-        ) from None
+        raise DamagedRecord(f"{file} is not text ({error.reason})") from None
     schema = _schema(file, text)
     if schema != RECORD_SCHEMA:
         raise UnreadableRecord(
@@ -69,10 +71,7 @@ def load(file: Path) -> Record | None:
             " measure the cell again"
         ) from None
     except codec.InvalidValue as error:
-        raise DamagedRecord(
-            f"{file} does not follow `{RECORD_SCHEMA}`: {error};"
-            " delete it to measure the cell again"
-        ) from None
+        raise DamagedRecord(f"{file} does not follow `{RECORD_SCHEMA}`: {error}") from None
 
 
 def read_all(store: Path, planned: Iterable[PlannedCell]) -> dict[str, Record]:
@@ -145,7 +144,5 @@ def _schema(file: Path, text: str) -> str:
     try:
         data = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DamagedRecord(
-            f"{file} is not JSON ({error}); delete it to measure the cell again"
-        ) from None
+        raise DamagedRecord(f"{file} is not JSON ({error})") from None
     return str(data.get("schema")) if isinstance(data, dict) else "none"

@@ -59,6 +59,28 @@ def interrupt(number: int, _: FrameType | None) -> NoReturn:
 
 
 @contextlib.contextmanager
+def deferred(stop: Stop) -> Iterator[list[str]]:
+    """Let what would interrupt the main thread set the flag instead; the reasons, if any.
+
+    An exception at any line would leave threads behind that nobody waits for.
+    """
+    reasons: list[str] = []
+    before = {number: signal.getsignal(number) for number in (*_SIGNALS, signal.SIGUSR1)}
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        earlier = before[signal.Signals(number)]
+        assert callable(earlier)
+        try:
+            earlier(number, frame)
+        except KeyboardInterrupt as interrupted:
+            reasons.append(str(interrupted) or signal.Signals(number).name)
+            stop.set(reasons[0])
+
+    with on_signal(answer, tuple(number for number in before if callable(before[number]))):
+        yield reasons
+
+
+@contextlib.contextmanager
 def on_signal(
     answer: Callable[[int, FrameType | None], Any] | signal.Handlers,
     numbers: tuple[signal.Signals, ...] = _SIGNALS,

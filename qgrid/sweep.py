@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import choices, codec, config, launch, plan
+from qgrid import choices, codec, commands, config, launch, plan
 from qgrid.facts import Facts
 from qgrid.files import HashCache, write_atomic
 from qgrid.types import PlannedCell, Settings
@@ -47,11 +47,16 @@ def run(
 
         print(plan_table.render(planned))  # noqa: T201
         return
-    plan_file = write_plan(planned, settings)
     from qgrid import sweep_lock
 
-    sweep_lock.keep_command(plan_file.parent, COMMAND.get())
-    returned = launcher.launch([[str(plan_file.parent)]], 0)
+    folder = folder_of(planned, settings)
+    _refuse_another_plan(folder, planned)
+    keep = getattr(launcher, "keep", None)
+    if keep is not None:
+        keep(folder)  # before the plan: what is killed in between is resumed where it belongs
+    sweep_lock.keep_command(folder, COMMAND.get())
+    write_plan(planned, settings)
+    returned = launcher.launch([[str(folder)]], 0)
     raise SystemExit(max(int(each.return_value) for each in returned))
 
 
@@ -67,12 +72,32 @@ def planned_cells(
     return plan.build((reader.choice(each) for each in grid), facts)
 
 
-def write_plan(planned: Sequence[PlannedCell], settings: Settings) -> Path:
-    """Write `plan.jsonl` and `settings.json`; without a name, the sweep is its plan's hash."""
+def folder_of(planned: Sequence[PlannedCell], settings: Settings) -> Path:
+    """The folder of a sweep; without a name it is its plan's hash."""
     name = settings.name
     if name is None:
         name = f"grid-{codec.digest([p.cell_id for p in planned], 8)}"
-    folder = Path(settings.out).absolute() / "sweeps" / name
+    return Path(settings.out).absolute() / "sweeps" / name
+
+
+def _refuse_another_plan(folder: Path, planned: Sequence[PlannedCell]) -> None:
+    """A sweep that runs keeps its plan: its tables and its lock are written from it."""
+    if not launch.is_running(folder):
+        return
+    try:
+        running = [cell.cell_id for cell in read_plan(folder / "plan.jsonl")]
+    except (FileNotFoundError, codec.InvalidValue):
+        return
+    if running != [cell.cell_id for cell in planned]:
+        raise config.GridError(
+            f"sweep `{folder.name}` runs with another plan ({len(running)} cells); give this one "
+            f"another `name`, or end that one by `{commands.command('cancel', folder)}`"
+        )
+
+
+def write_plan(planned: Sequence[PlannedCell], settings: Settings) -> Path:
+    """Write `plan.jsonl` and `settings.json` of a sweep; the plan's file."""
+    folder = folder_of(planned, settings)
     launch.planned_anew(folder)
     write_atomic(folder / "settings.json", codec.dumps(settings, indent=2))
     write_atomic(folder / "plan.jsonl", "".join(f"{codec.dumps(p)}\n" for p in planned))
@@ -80,8 +105,23 @@ def write_plan(planned: Sequence[PlannedCell], settings: Settings) -> Path:
 
 
 def read_plan(plan_file: Path) -> list[PlannedCell]:
-    """The cells of a written plan, in order."""
-    return [codec.loads(PlannedCell, line) for line in plan_file.read_text().splitlines()]
+    """The cells of a written plan, in order.
+
+    Raises:
+        FileNotFoundError, codec.InvalidValue: the message names the file.
+    """
+    lines = plan_lines(plan_file)
+    try:
+        return [codec.loads(PlannedCell, line) for line in lines]
+    except codec.InvalidValue as error:
+        raise codec.InvalidValue(
+            f"{plan_file}: {error}; give the grid's command again, which writes it anew"
+        ) from None
+
+
+def plan_lines(plan_file: Path) -> list[str]:
+    """The lines of a plan; a name in it may hold any other sign that ends lines."""
+    return plan_file.read_text(encoding="utf-8").rstrip("\n").split("\n")
 
 
 def run_cells(
@@ -95,7 +135,7 @@ def run_cells(
     from qgrid import slots as places
 
     folder = Path(plan_file).parent
-    settings = codec.loads(Settings, (folder / "settings.json").read_text())
+    settings = codec.read(Settings, folder / "settings.json")
     cells = read_plan(Path(plan_file))
     if cell_ids is not None:
         cells = [planned for planned in cells if planned.cell_id in set(cell_ids)]

@@ -87,7 +87,7 @@ def build(folder: Path, planned: Sequence[PlannedCell], records: Iterable[Record
     cache = HashCache(store / "hashes.json")
     whole, compositions = parts.taken_apart(planned)
     hashes, _ = inputs.read(whole, cache)
-    settings = codec.loads(Settings, (folder / "settings.json").read_text(encoding="utf-8"))
+    settings = codec.read(Settings, folder / "settings.json")
     known = {record.cell_id: record for record in records}
     seen = {cell_id: _environment(record) for cell_id, record in known.items()}
     root = store.parent

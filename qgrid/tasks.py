@@ -13,6 +13,7 @@ from typing import NoReturn
 from pydantic import PositiveInt
 
 from qgrid import attempts, codec, controller, stopping
+from qgrid import sweep as sweeps
 from qgrid.types import PlannedCell, Settings
 
 AGAIN = 75  # exit code of a task that was told to end with work left (EX_TEMPFAIL of sysexits.h)
@@ -54,7 +55,7 @@ def run(folder: Path, tasks: TaskList, index: int) -> int:
         end before; 1 when the store cannot be written to; 2 when a record cannot be read.
     """
     task = tasks.tasks[index]
-    settings = codec.loads(Settings, (folder / "settings.json").read_text(encoding="utf-8"))
+    settings = codec.read(Settings, folder / "settings.json")
     cells, builds, others = _planned(folder / "plan.jsonl", task)
     part = controller.Part(tasks.launch, builds=builds, others=others, attempts=tasks.attempts)
     sweep = controller.Sweep(cells, settings, folder, part=part)
@@ -68,12 +69,13 @@ def _planned(
 ) -> tuple[list[PlannedCell], tuple[PlannedCell, ...], tuple[PlannedCell, ...]]:
     """The cells of a task, one cell for each artifact to make, and what its cells compare with.
 
-    Only their lines are parsed: a plan has thousands.
+    Only their lines are parsed: a plan has thousands. What a later plan of the sweep has left out
+    is nobody's wish any more.
     """
     by_cell: dict[str, str] = {}
     by_artifact: dict[str, str] = {}
     base_of: dict[str, str] = {}
-    for line in plan_file.read_text(encoding="utf-8").splitlines():
+    for line in sweeps.plan_lines(plan_file):
         found = _IDS.match(line)
         if found is None:
             raise codec.InvalidValue(f"{plan_file} has a line that is no planned cell; plan again")
@@ -85,8 +87,8 @@ def _planned(
     def cells(lines: Iterator[str]) -> tuple[PlannedCell, ...]:
         return tuple(codec.loads(PlannedCell, line) for line in lines)
 
-    wanted = cells(by_cell[cell_id] for cell_id in task.cells)
-    builds = cells(by_artifact[artifact_id] for artifact_id in task.builds)
+    wanted = cells(by_cell[each] for each in task.cells if each in by_cell)
+    builds = cells(by_artifact[each] for each in task.builds if each in by_artifact)
     ids = {base_of[each.cell_id] for each in (*wanted, *builds) if each.cell_id in base_of}
     compared = cells(by_cell[each] for each in sorted(ids & by_cell.keys()))
     return list(wanted), builds, compared

@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import json
 import os
+import select
 import selectors
 import signal
 import subprocess
@@ -142,6 +143,8 @@ class _Server:
     def _start(self, path: Path) -> None:
         stage, distributions = preload.needs(path)
         self._import(distributions)
+        if not self._is_heard():  # a stage begun now would be killed amidst its work
+            self._stop()
         if CAN_FORK:
             pid = self._fork(path)
         else:
@@ -183,8 +186,17 @@ class _Server:
             del self._children[pid]
             self._report(f"ended {pid} {code}")
 
+    def _is_heard(self) -> bool:
+        """Whether the controller still reads what is reported."""
+        poll = select.poll()
+        poll.register(self._reports, 0)
+        return not poll.poll(0)
+
     def _report(self, line: str) -> None:
-        os.write(self._reports, f"{line}\n".encode())
+        try:
+            os.write(self._reports, f"{line}\n".encode())
+        except BrokenPipeError:
+            self._stop()
 
     def _import(self, distributions: Sequence[str]) -> None:
         """Import what the distributions' stages need; whatever fails is the child's to report."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -210,3 +211,43 @@ def test_processes_that_are_killed_at_random_never_meet(tmp_path: Path) -> None:
         said += process.communicate()[0]
     assert said == ""
     assert len(set(log.read_text().split())) > 4
+
+
+def test_a_process_that_proc_hides_is_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another user's where `/proc` is mounted with `hidepid`."""
+    folder = leases.of(tmp_path, "cells", "a")
+    held = leases.attempt(folder)
+    assert held is not None
+    owner = json.loads(held.file.read_text().splitlines()[0])
+    held.file.write_text(json.dumps(owner | {"pid": 2**22 + 1}) + "\n")  # nothing of it in /proc
+
+    def forbidden(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", forbidden)
+    assert leases.attempt(folder) is None
+    assert leases.owner(folder) is not None
+    monkeypatch.undo()
+    assert leases.owner(folder) is None
+    assert leases.attempt(folder) is not None
+
+
+def test_a_file_that_goes_stale_while_it_is_read_changes_hands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network file system when another machine removes it."""
+    folder = leases.of(tmp_path, "cells", "a")
+    held = leases.attempt(folder)
+    assert held is not None
+
+    def stale(file: Path) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    assert leases.attempt(folder) is None
+    assert leases.owner(folder) is None
+    assert not leases.is_released(folder)
+    monkeypatch.undo()
+    held.check()

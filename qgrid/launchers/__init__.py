@@ -60,12 +60,17 @@ def choose(name: str, options: Mapping[str, Any]) -> Chosen:
     return Chosen(name, codec.plain(checked))
 
 
-def launch(folder: Path, chosen: Chosen, detach: bool) -> int:
-    """Write down what was chosen, for `resume`, and launch; the exit code."""
+def keep(folder: Path, chosen: Chosen) -> None:
+    """Write down what was chosen, for `resume`."""
     if chosen.start is None:
         own = os.environ.get("QGRID_CONFIG_DIR")
         chosen = replace(chosen, start=str(Path.cwd()), config_dir=own)
     write_atomic(folder / FILE, codec.dumps(chosen, indent=1) + "\n")
+
+
+def launch(folder: Path, chosen: Chosen, detach: bool) -> int:
+    """Bring a sweep's cells to records, or begin to; the exit code."""
+    keep(folder, chosen)
     each = module(chosen.name)
     options: Any = codec.convert(each.Options, chosen.options, "hydra.launcher")
     return each.launch(folder, options, detach)
@@ -74,6 +79,6 @@ def launch(folder: Path, chosen: Chosen, detach: bool) -> int:
 def chosen(folder: Path) -> Chosen:
     """What a sweep was launched with last; here, where it was never launched."""
     try:
-        return codec.loads(Chosen, (folder / FILE).read_text(encoding="utf-8"))
+        return codec.read(Chosen, folder / FILE)
     except FileNotFoundError:
         return choose("local", {"slots": None})

@@ -138,9 +138,7 @@ def _standing(state: TaskState) -> Standing:
     return Standing("queued", state.label, why)
 
 
-def _by_task(
-    states: list[TaskState], jobs: Mapping[str, str]
-) -> dict[tuple[str, int], TaskState]:
+def _by_task(states: list[TaskState], jobs: Mapping[str, str]) -> dict[tuple[str, int], TaskState]:
     """States of our jobs: number and name, for another cluster gives the same numbers."""
     return {
         (each.job, each.index): each

@@ -60,7 +60,7 @@ def render(job: Job, options: Options, python: str, folder: str) -> str:
         *(_line(*each) for each in _directives(job, options)),
         'qgrid_tasks="$PWD/"' + shlex.quote(f"{job.array}.json"),
         f"if [ -d {_quoted(folder)} ]; then cd -- {_quoted(folder)}; fi",
-        *options.setup,
+        *(("set -e", *options.setup, "set +e") if options.setup else ()),
         f'exec {_quoted(python)} -m qgrid.slurm.task "$qgrid_tasks" "$SLURM_ARRAY_TASK_ID"',
     ]
     return "\n".join(lines) + "\n"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qgrid import commands, leases
+from qgrid import leases
 from qgrid.expected import Expected
 from qgrid.slurm import arrays, client, queue, script, submissions
 from qgrid.slurm.arrays import Array
@@ -46,8 +46,8 @@ class Sweep:
 
 def submit(
     sweep: Sweep, wanted: Wanted, seen: Look, launch: str, cells: Sequence[PlannedCell]
-) -> list[Submission]:
-    """Submit these cells, and the artifacts that they lack, under the sweep's lease.
+) -> Iterator[Submission]:
+    """Submit these cells, and the artifacts that they lack, under the sweep's lease, one by one.
 
     Raises:
         client.SlurmError: an array was refused; those before it are submitted.
@@ -67,19 +67,8 @@ def submit(
     done: list[Submission] = []
     for name, array in zip(names, planned, strict=True):
         jobs = [str(done[place].job) for place in array.after]
-        try:
-            done.append(_submit_one(sweep, launch, name, array, jobs))
-        except client.SlurmError as error:
-            raise type(error)(f"{error}{_rest(sweep, done)}") from None
-    return done
-
-
-def _rest(sweep: Sweep, done: Sequence[Submission]) -> str:
-    """What to know after an array was refused, where others were taken."""
-    if not done:
-        return ""
-    jobs, resume = ", ".join(str(each.job) for each in done), commands.command("resume", sweep.folder)
-    return f"; jobs {jobs} were taken before and go on, `{resume}` submits the rest"
+        done.append(_submit_one(sweep, launch, name, array, jobs))
+        yield done[-1]
 
 
 def _submit_one(

@@ -39,7 +39,9 @@ class Wanted:
         if launch == self._launch:
             return False
         is_final = head.status in FINAL and head.status not in UNRUN
-        return launch not in self._since or not is_final or self._is_uncompared(planned)
+        return (
+            launch not in self._since or not is_final or self._is_incomplete(planned, head.status)
+        )
 
     def has_record(self, planned: PlannedCell) -> bool:
         """Whether there is a record that can be read."""
@@ -69,14 +71,18 @@ class Wanted:
             return True
         if status not in FINAL or status in {*UNRUN, *rerun}:
             return True
-        if self._is_uncompared(planned):
+        if self._is_incomplete(planned, status):
             return True
         if "unstable" not in rerun:
             return False
         record = records.read(self._store, planned.cell_id)
         return record is not None and timing.is_unstable(*record.measurements)
 
-    def _is_uncompared(self, planned: PlannedCell) -> bool:
+    def _is_incomplete(self, planned: PlannedCell, status: str) -> bool:
+        """Whether a part is missing: its quality was set aside, or its baseline was not there."""
+        result = self._store / "quality" / planned.quality_id / "result.json"
+        if status == "ok" and not result.exists():
+            return True
         if planned.baseline_cell_id is None:
             return False
         record = glance.whole(records.path(self._store, planned.cell_id))

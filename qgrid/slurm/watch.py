@@ -8,17 +8,22 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
-from qgrid import assembly, attempts, codec, commands, controller, environment, leases, records
+from qgrid import (
+    codec,
+    commands,
+    controller,
+    leases,
+    records,
+    stopping,
+)
 from qgrid import launch as launches
 from qgrid import sweep as sweeps
 from qgrid.controller import INTERRUPTED, UNREADABLE
 from qgrid.progress import Progress
-from qgrid.slurm import client, script, submissions
+from qgrid.slurm import client, given_up, script, submissions
 from qgrid.slurm.ends import Ends
 from qgrid.slurm.options import Options
 from qgrid.slurm.queue import Look
@@ -27,7 +32,7 @@ from qgrid.slurm.submitting import Sweep, submit
 from qgrid.slurm.wanted import Wanted
 from qgrid.store import place
 from qgrid.store.aside import set_aside
-from qgrid.types import Failure, PlannedCell, Settings, Status
+from qgrid.types import PlannedCell, Settings
 
 REFUSED = 2  # exit code: Slurm takes no job as it was asked
 LOOKS = 2  # that must miss a task before it counts as gone: a record may show late
@@ -47,7 +52,7 @@ def run(folder: Path, options: Options, detach: bool) -> int:
     try:
         with _interruptible():
             watch = Watch(folder, options)
-            watch.begin()
+            watch.begin(detach)
             if detach:
                 _print(f"`{status}` tells how far it is; `{resume}` waits")
                 return 0
@@ -74,7 +79,7 @@ class Watch:
 
     def __init__(self, folder: Path, options: Options) -> None:
         submissions.check(folder)
-        settings = codec.loads(Settings, (folder / "settings.json").read_text(encoding="utf-8"))
+        settings = codec.read(Settings, folder / "settings.json")
         planned = tuple(sweeps.read_plan(folder / "plan.jsonl"))
         self._sweep = Sweep(folder, planned, settings, options, client.cluster())
         self._progress = Progress(planned)
@@ -84,8 +89,13 @@ class Watch:
         self._kept = 0  # good records of cells that could not be measured again
         self._said = ""
 
-    def begin(self) -> None:
-        """Submit what is neither done nor queued; refuse what the plan refuses."""
+    def begin(self, detach: bool) -> None:
+        """Submit what is neither done nor queued; refuse what the plan refuses.
+
+        Raises:
+            client.SlurmError: an array was refused, and nothing is under way that may make room for
+                it later; with `detach` nobody would submit it then.
+        """
         sweep = self._sweep
         with leases.held(sweep.lease):
             seen = sweep.look()
@@ -99,8 +109,17 @@ class Watch:
             self._waiting = {each.cell_id: each for each in cells}
             live = seen.live_cells()
             new = [each for each in cells if each.cell_id not in live]
-            submitted = submit(sweep, self._wanted, seen, self._launch, new) if new else []
-        self._announce(len(cells) - len(new), submitted)
+            submitted: list[Submission] = []
+            try:
+                for each in submit(sweep, self._wanted, seen, self._launch, new) if new else ():
+                    submitted.append(each)
+            except client.SlurmError as error:
+                self._announce(len(cells) - len(new), submitted)
+                if detach or not (submitted or joined):
+                    raise
+                self._tell(f"{error}; asking again")
+            else:
+                self._announce(len(cells) - len(new), submitted)
 
     def wait(self) -> None:
         """Until every cell has its record, or nothing is left that could bring it one."""
@@ -113,11 +132,13 @@ class Watch:
                     self._say(seen)
                     self._ends.see(seen)
                     if not self._goes_on(seen):
-                        return
+                        break
                 if self._waiting:
                     time.sleep(self._sweep.options.poll_seconds)
         finally:
             self._progress.close()
+        if self._cancelled:
+            self._progress.line(f"{len(self._cancelled)} cells were cancelled in the queue")
 
     def finish(self) -> int:
         """Write and print the tables; the exit code."""
@@ -136,7 +157,8 @@ class Watch:
             resume = commands.command("resume", sweep.folder)
             line = f"{without} cells have no record; `{resume}` goes on"
             self._progress.line(line)
-        return sweeps.conclude(sweep.folder, 1 if without or self._kept else code)
+        is_whole = not (without or self._kept or self._cancelled)
+        return sweeps.conclude(sweep.folder, code if is_whole else 1)
 
     def _refuse(self) -> None:
         """Write the records of cells that the plan refuses: they need no machine."""
@@ -160,8 +182,13 @@ class Watch:
     def _announce(self, queued: int, submitted: Sequence[Submission]) -> None:
         cells = sum(len(task.cells) for each in submitted for task in each.tasks)
         builds = sum(len(task.builds) for each in submitted for task in each.tasks)
-        done = len(self._sweep.planned) - cells - queued
-        words = {"done before or refused": done, "queued already": queued, "submitted": cells}
+        left = len(self._waiting) - cells - queued
+        words = {
+            "done before or refused": len(self._sweep.planned) - len(self._waiting),
+            "queued already": queued,
+            "submitted": cells,
+            "not submitted": left,
+        }
         counted = ", ".join(f"{count} {word}" for word, count in words.items() if count)
         self._progress.line(f"{len(self._sweep.planned)} cells: {counted}")
         if submitted:
@@ -208,11 +235,9 @@ class Watch:
             try:
                 self._again()
             except client.SlurmError as error:
-                if not live and not isinstance(error, client.Silent):
+                if not seen.live_launches() and not isinstance(error, client.Silent):
                     raise
                 self._tell(f"{error}; asking again")
-        if self._cancelled and not self._waiting:
-            self._progress.line(f"{len(self._cancelled)} cells were cancelled in the queue")
         return bool(self._waiting)
 
     def _again(self) -> None:
@@ -241,30 +266,21 @@ class Watch:
             self._missed.clear()
             if again:
                 self._progress.line(f"{len(again)} cells ended without a record; submitted again")
-                submit(sweep, self._wanted, seen, self._launch, again)
+                for each in submit(sweep, self._wanted, seen, self._launch, again):
+                    self._progress.line(f"launch {self._launch}: job {each.job}")
 
     def _give_up(
         self, planned: PlannedCell, last: tuple[Submission, client.TaskState] | None
     ) -> None:
-        """Write the record of a cell whose tasks all ended without one."""
-        store = self._sweep.store
-        folder = records.path(store, planned.cell_id).parent
-        earlier = attempts.earlier(folder, self._launch)
-        failure = _failure(earlier, last)
-        if self._wanted.has_good_record(planned):
-            label = self._progress.label(planned)
-            self._progress.line(f"{label} keeps its earlier record: {failure.message}")
-            self._kept += 1
-            del self._waiting[planned.cell_id]
+        """Write the record of a cell whose tasks all ended without one; a good one stays."""
+        failure = given_up.why(self._sweep.store, self._launch, planned, last)
+        if not self._wanted.has_good_record(planned):
+            given_up.write(self._sweep.store, self._launch, planned, failure)
             return
-        lease = leases.attempt(leases.of(store, "cells", planned.cell_id))
-        if lease is None:
-            return
-        now = {**environment.provenance(), **environment.momentary(), "launch": self._launch}
-        try:
-            records.write(store, assembly.refused(planned, failure.status, failure.message, now))
-        finally:
-            lease.release()
+        label = self._progress.label(planned)
+        self._progress.line(f"{label} keeps its earlier record: {failure.message}")
+        self._kept += 1
+        del self._waiting[planned.cell_id]
 
     def _say(self, seen: Look) -> None:
         """A line when what the rest waits for has changed."""
@@ -281,34 +297,11 @@ class Watch:
             self._progress.line(text)
 
 
-def _failure(
-    earlier: attempts.Earlier, last: tuple[Submission, client.TaskState] | None
-) -> Failure:
-    """Why a cell is given up, with the place of the log where there is one."""
-    status: Status = "timeout" if earlier.why == attempts.TIME_LIMIT else "crashed"
-    said = earlier.sentence if earlier.count else "its tasks ended before they began it"
-    if last is None:
-        return Failure(status, said)
-    submission, state = last
-    log = f"launches/{submission.launch}/logs/{submission.array}-{state.index}.log"
-    hint = "; raise `hydra.launcher.memory_gib`" if state.state == "OUT_OF_MEMORY" else ""
-    return Failure(status, f"{said}; task {state.label} ended as {state.state} (see {log}){hint}")
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM and a lost terminal end the wait as Ctrl-C does."""
-
-    def end(_: int, __: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, end) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+def _interruptible() -> contextlib.AbstractContextManager[None]:
+    """SIGTERM and a lost terminal end the wait as Ctrl-C does; not the latter under `nohup`."""
+    is_alone = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    numbers = (signal.SIGTERM,) if is_alone else (signal.SIGTERM, signal.SIGHUP)
+    return stopping.on_signal(stopping.interrupt, numbers)
 
 
 def _print(text: str) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-
-import time
 import json
-import os
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +13,7 @@ import pytest
 from qgrid import codec, leases, records, status, tasks
 from qgrid import sweep as sweeps
 from qgrid.queued import Standing
-from qgrid.slurm import queue, submissions
-from qgrid.slurm import ends
+from qgrid.slurm import ends, queue, submissions
 from qgrid.slurm.client import TaskState
 from qgrid.slurm.queue import Look
 from qgrid.slurm.submissions import Submission
@@ -52,7 +49,7 @@ def away(slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         mark, after = marks / name, marks / f"{name}.after"
         text = (
             f"#!/bin/bash\nif [ -s {after} ]; then n=$(cat {after});"
-            f" if [ $n -gt 0 ]; then echo $((n-1)) > {after}; exec {real} \"$@\"; fi; fi\n"
+            f' if [ $n -gt 0 ]; then echo $((n-1)) > {after}; exec {real} "$@"; fi; fi\n'
             f"if [ -e {mark}.slow ]; then sleep $(cat {mark}.slow); fi\n"
             f'if [ -e {mark} ]; then cat {mark} >&2; exit 1; fi\nexec {real} "$@"\n'
         )
@@ -99,7 +96,6 @@ def test_what_never_begins_again_keeps_its_good_record(slurm: Slurm, tmp_path: P
     sweeps.write_plan(cells, trivial.settings(store, rerun=("stale",)))
     with grids.launching(folder, slurm, setup=["exit 3"], attempts=1) as running:
         assert grids.finish(running, slurm) == 1, running.log.read_text()
-        print(running.log.read_text())
     assert grids.stored(store, cells) == before
 
 
@@ -107,7 +103,7 @@ def test_what_never_begins_again_keeps_its_good_record(slurm: Slurm, tmp_path: P
 @pytest.mark.parametrize("said", ["slurm_load_jobs error: Unexpected message received"])
 def test_squeue_fails_for_a_while(slurm: Slurm, tmp_path: Path, away: Path, said: str) -> None:
     store = tmp_path / "out"
-    folder, (baseline, *cells) = written(store)
+    folder, (baseline, *_) = written(store)
     with (
         grids.gate(store, baseline) as gate,
         grids.launching(folder, slurm) as running,
@@ -126,7 +122,7 @@ def test_squeue_fails_for_a_while(slurm: Slurm, tmp_path: Path, away: Path, said
 @pytest.mark.slow
 def test_squeue_stays_away_and_records_come(slurm: Slurm, tmp_path: Path, away: Path) -> None:
     store = tmp_path / "out"
-    folder, (baseline, *cells) = written(store)
+    folder, (baseline, *_) = written(store)
     with (
         grids.gate(store, baseline) as gate,
         grids.launching(folder, slurm) as running,
@@ -143,7 +139,7 @@ def test_squeue_stays_away_and_records_come(slurm: Slurm, tmp_path: Path, away: 
 @pytest.mark.slow
 def test_sbatch_fails_when_it_is_asked_again(slurm: Slurm, tmp_path: Path, away: Path) -> None:
     store = tmp_path / "out"
-    folder, cells = written(store, 1)
+    folder, _ = written(store, 1)
     mark = tmp_path / "second"
     lines = [f"test -e {mark} || sleep 3", f"test -e {mark} || exit 3"]
     with grids.launching(folder, slurm, setup=lines) as running:
@@ -164,9 +160,13 @@ def test_the_second_of_three_arrays_is_refused(slurm: Slurm, tmp_path: Path, awa
     folder, cells = written(store)
     (away / "sbatch.after").write_text("1")
     (away / "sbatch").write_text("Job violates accounting/QOS policy (job submit limit)")
-    with grids.launching(folder, slurm) as running:
-        assert grids.finish(running, slurm) == 2
-        print(running.log.read_text())
+    with grids.launching(folder, slurm, detach=True) as running:
+        assert grids.finish(running, slurm) == 2  # nobody would submit the rest
+        assert "4 not submitted" in running.log.read_text()
+        slurm.wait_empty()
+    with grids.launching(folder, slurm, setup=["sleep 2"]) as running:
+        assert grids.finish(running, slurm) == 2  # nothing runs that would make room
+    assert not [each for each in submissions.read(folder) if each.job is None]
     (away / "sbatch").unlink()
     with grids.launching(folder, slurm) as running:
         assert grids.finish(running, slurm) == 0, running.log.read_text()
@@ -299,7 +299,7 @@ def test_what_vanished_after_it_waited_was_cancelled(monkeypatch: pytest.MonkeyP
         return Look((submission,), known)
 
     now = [0.0]
-    monkeypatch.setattr(ends.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for seconds, cancelled in ((299.0, True), (301.0, False)):
         now[0] = 0.0
         watched = ends.Ends(300.0, look("PENDING", "RUNNING"))
@@ -314,12 +314,36 @@ def test_what_vanished_after_it_waited_was_cancelled(monkeypatch: pytest.MonkeyP
     assert [watched.is_cancelled(ended.of(submission, n)) for n in (0, 1)] == [False, True]
 
 
-def test_the_last_launch_speaks_for_a_cell() -> None:
-    task = (Task((), ("c",)),)
-    submitted = (Submission("b", "001-cells", task, "12"), Submission("f", "001-cells", task, "5"))
+@pytest.mark.slow
+def test_what_has_no_room_yet_is_submitted_later(slurm: Slurm, tmp_path: Path, away: Path) -> None:
+    store = tmp_path / "out"
+    folder, cells = written(store)
+    (away / "sbatch.after").write_text("2")
+    (away / "sbatch").write_text("Job violates accounting/QOS policy (job submit limit)")
+    with (
+        grids.gate(store, cells[0]) as gate,
+        grids.launching(folder, slurm) as running,
+    ):
+        slurm.wait(lambda: "asking again" in running.log.read_text(), "the refusal")
+        slurm.wait(lambda: grids.begins(store, "speed"), "a timing")
+        (away / "sbatch").unlink()
+        slurm.wait(lambda: len(submissions.read(folder)) == 3, "the rest")
+        gate.unlink()
+        assert grids.finish(running, slurm) == 0, running.log.read_text()
+    assert [times_submitted(folder, each) for each in cells] == [1] * len(cells)
+    assert len(grids.begins(store, "artifact")) == 2
+
+
+def test_the_last_launch_speaks_for_a_cell(tmp_path: Path) -> None:
+    for launch, job in (("b", "12"), ("f", "5")):
+        place = submissions.folder_of(tmp_path, launch)
+        place.mkdir(parents=True)
+        listed = TaskList(launch, 3, (Task((), ("c",)),))
+        (place / "001-cells.json").write_text(codec.dumps(listed))
+        (place / "001-cells.job").write_text(json.dumps({"job": job}))
     states = {
         ("12", 0): TaskState("12", 0, "FAILED"),
         ("5", 0): TaskState("5", 0, "CANCELLED"),
     }
-    _, state = Look(submitted, states).latest()["c"]
+    _, state = Look(tuple(submissions.read(tmp_path)), states).latest()["c"]
     assert state.job == "12"

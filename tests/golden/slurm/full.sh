@@ -22,6 +22,8 @@
 #SBATCH --nice=5
 qgrid_tasks="$PWD/"004-cells.json
 if [ -d /home/u ]; then cd -- /home/u; fi
+set -e
 module load cuda/13.0
 source "$HOME/env.sh"  # the user's own
+set +e
 exec /opt/python -m qgrid.slurm.task "$qgrid_tasks" "$SLURM_ARRAY_TASK_ID"

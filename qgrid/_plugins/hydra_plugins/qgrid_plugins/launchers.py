@@ -41,6 +41,10 @@ class GridLauncher(Launcher):
             )
         self._chosen = launchers.choose(self._name, self._options)
 
+    def keep(self, folder: Path) -> None:
+        """Write down what was chosen for the sweep in `folder`."""
+        launchers.keep(folder, self._chosen)
+
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
