@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qgrid import commands, glance, launchers, leases, records, standings
+from qgrid import commands, glance, launch, launchers, leases, records, standings
 from qgrid.queued import Standing
 
 MOST_LINES = 12  # of cells that run
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     ids = glance.planned_ids(folder / "plan.jsonl")
     found = states(folder, [cell_id for cell_id, _ in ids], queues)
     builds = making(folder, [artifact_id for _, artifact_id in ids])
-    told = [*lines(folder, found), *_where("artifact", builds)]
+    told = [*lines(folder, found), *_where("artifact", builds), *_idle(folder, found)]
     for line in [*told, *(f"the queue does not tell: {each}" for each in silent)]:
         print(line)  # noqa: T201
     return 0
@@ -78,6 +78,14 @@ def lines(folder: Path, found: Mapping[str, State]) -> Iterator[str]:
         yield f"{counts[word]:7} {word}{f' ({told})' if told else ''}"
     running = {cell: state.where for cell, state in found.items() if state.word == "running"}
     yield from _where("cell", running)
+
+
+def _idle(folder: Path, found: Mapping[str, State]) -> Iterator[str]:
+    """How to go on with what nobody works on."""
+    words = {state.word for state in found.values()}
+    left = words & {"not started", "ended without a record"}
+    if left and not words & {"running", "queued"} and not launch.is_running(folder):
+        yield f"nobody works on it; `{commands.command('resume', folder)}` goes on"
 
 
 def _where(what: str, running: Mapping[str, str]) -> Iterator[str]:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qgrid import assembly, attempts, environment, leases, records
+from qgrid import assembly, attempts, endings, environment, leases, records
+from qgrid.slurm import submissions
 from qgrid.slurm.client import TaskState
 from qgrid.slurm.submissions import Submission
 from qgrid.types import Failure, PlannedCell, Status
 
 
 def why(
-    store: Path, launch: str, planned: PlannedCell, last: tuple[Submission, TaskState] | None
+    folder: Path, launch: str, planned: PlannedCell, last: tuple[Submission, TaskState] | None
 ) -> Failure:
-    """Why a cell is given up, with the place of the log of its last task where there is one."""
-    earlier = attempts.earlier(records.path(store, planned.cell_id).parent, launch)
+    """Why a cell of the sweep in `folder` is given up, with the last words of its last task."""
+    earlier = attempts.earlier(records.path(folder.parents[1], planned.cell_id).parent, launch)
     status: Status = "timeout" if earlier.why == attempts.TIME_LIMIT else "crashed"
     said = earlier.sentence if earlier.count else "its tasks ended before they began it"
     if last is None:
         return Failure(status, said)
     submission, state = last
-    log = f"launches/{submission.launch}/logs/{submission.array}-{state.index}.log"
+    place = submissions.folder_of(folder, submission.launch)
+    log = place / "logs" / f"{submission.array}-{state.index}.log"
+    tail = endings.log_tail(log)
+    words = f"; its last words: {tail.rsplit(chr(10), maxsplit=1)[-1]}" if tail else ""
     hint = "; raise `hydra.launcher.memory_gib`" if state.state == "OUT_OF_MEMORY" else ""
-    return Failure(status, f"{said}; task {state.label} ended as {state.state} (see {log}){hint}")
+    ended = f"task {state.label} ended as {state.state} (log: {log}){words}"
+    return Failure(status, f"{said}; {ended}{hint}", tail or None)
 
 
 def write(store: Path, launch: str, planned: PlannedCell, failure: Failure) -> None:

@@ -273,7 +273,7 @@ class Watch:
         self, planned: PlannedCell, last: tuple[Submission, client.TaskState] | None
     ) -> None:
         """Write the record of a cell whose tasks all ended without one; a good one stays."""
-        failure = given_up.why(self._sweep.store, self._launch, planned, last)
+        failure = given_up.why(self._sweep.folder, self._launch, planned, last)
         if not self._wanted.has_good_record(planned):
             given_up.write(self._sweep.store, self._launch, planned, failure)
             return
