@@ -580,6 +580,27 @@ def test_going_on_with_a_fresh_sweep_measures_nothing_twice(
     assert stages(command=True) == all_of_them
 
 
+def test_a_quality_that_was_set_aside_is_measured_again_and_the_timing_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trivial.install(monkeypatch)
+    store = tmp_path / "store"
+    folder, cells = trivial.write([trivial.choice(16), trivial.choice(4)], store)
+    plan_file = str(folder / "plan.jsonl")
+    assert sweep_module.run_cells(plan_file) == 0
+    before = {cell.cell_id: records.read(store, cell.cell_id) for cell in cells}
+    locked = (folder / "sweep.lock.yaml").read_text()
+    shutil.rmtree(store / "quality" / cells[1].quality_id)
+    assert sweep_module.run_cells(plan_file) == 0
+    assert (folder / "sweep.lock.yaml").read_text() == locked
+    again, first = records.read(store, cells[1].cell_id), before[cells[1].cell_id]
+    assert again is not None
+    assert first is not None
+    assert again.environment["launch"] != first.environment["launch"]
+    assert again.measurements == first.measurements  # its timing, too
+    assert records.read(store, cells[0].cell_id) == before[cells[0].cell_id]
+
+
 def test_slots_work_beside_each_other_and_timings_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,3 +121,18 @@ def test_describing_imports_no_torch() -> None:
         "environment.provenance(); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_not_as_planned_is_told_by_its_keys() -> None:
+    planned = Gpu("node", "cpu", "Xeon", None, 8.0, None, 2)
+    found = Gpu("EPYC, 2 cores", "cpu", "EPYC", None, 24.0, None, 1)
+    told = device.mismatch(planned, found)
+    assert told is not None
+    for words in (
+        "`match=Xeon` is not in `EPYC, 2 cores`",
+        "`memory_gib=8`, found 24",
+        "`count=2`",
+    ):
+        assert words in told
+    assert "kind" not in told
+    assert device.mismatch(found, found) is None

@@ -122,6 +122,19 @@ def test_a_launch_folder_that_a_node_lacks_is_done_without(tmp_path: Path) -> No
     assert done.stdout.strip() == str(tmp_path)
 
 
+@pytest.mark.parametrize(("lines", "runs"), [(("false",), False), (("false || true", "X=1"), True)])
+def test_a_set_up_line_that_fails_ends_the_script(
+    lines: tuple[str, ...], runs: bool, tmp_path: Path
+) -> None:
+    body = rendered(PLAIN, Options(setup=lines), "/bin/echo", str(tmp_path))
+    variables = {**os.environ, "SLURM_ARRAY_TASK_ID": "2"}
+    done = subprocess.run(
+        ["bash", "-c", body], cwd=tmp_path, env=variables, capture_output=True, text=True
+    )
+    assert (done.returncode == 0) == runs
+    assert ("qgrid.slurm.task" in done.stdout) == runs
+
+
 @pytest.mark.parametrize(("wanted", "warned"), [(20, 20), (120, 50)])
 def test_the_warning_comes_after_the_begin_of_a_short_task(wanted: int, warned: int) -> None:
     short = replace(PLAIN, resources=replace(PLAIN.resources, minutes=1))
