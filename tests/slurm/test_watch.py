@@ -135,8 +135,9 @@ def test_what_never_begins_is_given_up_with_the_place_of_its_log(
         assert failure is not None
         assert failure.status == "crashed"
         assert "ended as FAILED" in failure.message
-        log = failure.message.partition("(see ")[2].partition(")")[0]
-        assert "no such module" in (folder / log).read_text()
+        assert failure.message.endswith("its last words: no such module")
+        log = failure.message.partition("(log: ")[2].partition(")")[0]
+        assert "no such module" in Path(log).read_text()
     assert "submitted again" in capsys.readouterr().out
     assert run(folder, slurm) == 0  # another launch tries failures again
     assert {record(folder, each).status for each in cells} == {"ok"}
@@ -246,6 +247,9 @@ def test_what_a_launch_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         file.parent.mkdir(parents=True)
         head = {"schema": "qgrid.record/1", "status": status}
         file.write_text(json.dumps({**head, "environment": {"launch": launch}}))
+    quality = tmp_path / "out" / "quality" / cells[0].quality_id  # of the one that is ok
+    quality.mkdir(parents=True)
+    (quality / "result.json").write_text("{}")
     plain = trivial.settings(tmp_path / "out")
     again = trivial.settings(tmp_path / "out", rerun=("oom",))
     fresh = trivial.settings(tmp_path / "out", fresh=True)
@@ -262,6 +266,10 @@ def test_what_a_launch_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert wanted(fresh, "c") == ["ok", "crashed", "oom", "wrong_device"]
     (folder / "launches" / "a").mkdir(parents=True)  # of the command that asks: it goes on
     assert wanted(fresh, "c") == ["crashed", "oom", "wrong_device"]
+    assert wanted(plain, "c") == ["crashed", "wrong_device"]
+    (quality / "result.json").rename(quality / "gone")  # set aside: to be measured again
+    assert wanted(plain, "c") == ["ok", "crashed", "wrong_device"]
+    (quality / "gone").rename(quality / "result.json")
     launches.planned_anew(folder)
     assert wanted(fresh, "c") == ["ok", "crashed", "oom", "wrong_device"]
     assert sweeps.read_plan(folder / "plan.jsonl") == cells
