@@ -174,5 +174,8 @@ def test_a_rotten_quality_result_is_measured_again(
     ended = launched(made, tmp_path)
     assert ended.returncode == 0, traceless(ended)
     assert numbers(made) == numbers(original)
-    others = {k: v for k, v in before.items() if k != made.cell.cell_id}
-    assert others.items() <= finished(made).items()
+    others = {each.cell_id for each in made.cells if each.cell_id != made.cell.cell_id}
+    if file == "items.jsonl":  # what `fsck` has set aside makes its other cells complete, too
+        others = {each for each in others if cells[each].quality_id != quality.quality_id}
+    assert others
+    assert {k: v for k, v in before.items() if k in others}.items() <= finished(made).items()
