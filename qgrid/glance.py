@@ -44,10 +44,15 @@ def whole(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def plan_lines(plan_file: Path) -> list[str]:
+    """The lines of a plan; a name in it may hold any other sign that ends lines."""
+    return [line for line in plan_file.read_text(encoding="utf-8").split("\n") if line]
+
+
 def planned_ids(plan_file: Path) -> list[tuple[str, str]]:
     """Cell and artifact of each line of a written plan, in order."""
     found = []
-    for line in plan_file.read_text(encoding="utf-8").rstrip("\n").split("\n"):
+    for line in plan_lines(plan_file):
         ids = _IDS.match(line)
         if ids is None:
             try:

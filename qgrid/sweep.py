@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import choices, codec, commands, config, launch, plan
+from qgrid import choices, codec, commands, config, glance, launch, plan
 from qgrid.facts import Facts
 from qgrid.files import HashCache, write_atomic
 from qgrid.types import PlannedCell, Settings
@@ -110,18 +110,13 @@ def read_plan(plan_file: Path) -> list[PlannedCell]:
     Raises:
         FileNotFoundError, codec.InvalidValue: the message names the file.
     """
-    lines = plan_lines(plan_file)
+    lines = glance.plan_lines(plan_file)
     try:
         return [codec.loads(PlannedCell, line) for line in lines]
     except codec.InvalidValue as error:
         raise codec.InvalidValue(
             f"{plan_file}: {error}; give the grid's command again, which writes it anew"
         ) from None
-
-
-def plan_lines(plan_file: Path) -> list[str]:
-    """The lines of a plan; a name in it may hold any other sign that ends lines."""
-    return plan_file.read_text(encoding="utf-8").rstrip("\n").split("\n")
 
 
 def run_cells(

@@ -12,8 +12,7 @@ from typing import NoReturn
 
 from pydantic import PositiveInt
 
-from qgrid import attempts, codec, controller, stopping
-from qgrid import sweep as sweeps
+from qgrid import attempts, codec, controller, glance, stopping
 from qgrid.types import PlannedCell, Settings
 
 AGAIN = 75  # exit code of a task that was told to end with work left (EX_TEMPFAIL of sysexits.h)
@@ -75,7 +74,7 @@ def _planned(
     by_cell: dict[str, str] = {}
     by_artifact: dict[str, str] = {}
     base_of: dict[str, str] = {}
-    for line in sweeps.plan_lines(plan_file):
+    for line in glance.plan_lines(plan_file):
         found = _IDS.match(line)
         if found is None:
             raise codec.InvalidValue(f"{plan_file} has a line that is no planned cell; plan again")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qgrid import codec, config, glance, leases, sweep, tasks
+from qgrid.store import checks, needs
 from qgrid.types import PlannedCell
 from tests import faults
 
@@ -22,6 +23,8 @@ def test_names_may_hold_every_sign_that_ends_a_line_elsewhere(tmp_path: Path) ->
     cells = [replace(cell, cell=replace(cell.cell, model=model))]
     plan_file = write(tmp_path / "store", cells)
     assert sweep.read_plan(plan_file) == cells
+    assert checks.plan(plan_file) is None
+    assert needs.artifacts(tmp_path / "store").keys() == {cell.artifact_id}
     assert glance.planned_ids(plan_file) == [(cell.cell_id, cell.artifact_id)]
     found, _, _ = tasks._planned(plan_file, tasks.Task((), (cell.cell_id,)))
     assert found == cells

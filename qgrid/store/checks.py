@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qgrid import artifacts, codec, verification
+from qgrid import artifacts, codec, glance, verification
 from qgrid.files import sha256
 from qgrid.types import RECORD_SCHEMA, Manifest, PlannedCell, Record, Settings, StageResult
 
@@ -97,7 +97,7 @@ def plan(file: Path) -> Fault | None:
         text = _text(file)
         if not text.endswith("\n"):
             raise Broken("ends in the middle of a line")
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(glance.plan_lines(file), start=1):
             _typed_line(PlannedCell, line, number)
     except Broken as error:
         return Fault(f"{error}; {PLAN_AGAIN}", "leave")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qgrid import codec, leases
+from qgrid import codec, glance, leases
 from qgrid.types import PlannedCell
 
 NEVER_RAN = ("unsupported", "does_not_fit")  # statuses of cells that have no artifact of their own
@@ -83,8 +83,7 @@ def _compared_with(record: dict[str, Any]) -> Iterator[str]:
 
 def _planned(plan: Path) -> Iterable[PlannedCell]:
     try:
-        text = plan.read_text(encoding="utf-8")
-        return [codec.loads(PlannedCell, line) for line in text.splitlines()]
+        return [codec.loads(PlannedCell, line) for line in glance.plan_lines(plan)]
     except (OSError, UnicodeDecodeError, codec.InvalidValue):
         raise Unknown(f"{plan} cannot be read; {FSCK}") from None
 
