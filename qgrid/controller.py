@@ -33,7 +33,7 @@ from qgrid.slots import Slot
 from qgrid.spared import Mirror
 from qgrid.stopping import Interrupted
 from qgrid.store import place
-from qgrid.store.aside import set_aside
+from qgrid.store.aside import readable
 from qgrid.types import (
     FAILURES,
     PlannedCell,
@@ -134,7 +134,7 @@ class Sweep:
             Interrupted: a signal.
             OSError: the store cannot be written to.
         """
-        self._known = self._readable()
+        self._known = readable(self.store, self.planned, self.progress.line)
         for each in self.planned:
             self._decisions[each.cell_id] = self._decide(each)
         self._announce()
@@ -162,20 +162,6 @@ class Sweep:
             here = decisions.may_run_here(planned.cell, self._found)
             return "complete" if here else decided  # `fsck` has set it aside
         return decided
-
-    def _readable(self) -> dict[str, Record]:
-        """The records that there are; a damaged one is set aside, and its cell measured again."""
-        known = {}
-        for each in self.planned:
-            try:
-                record = records.read(self.store, each.cell_id)
-            except records.DamagedRecord as error:
-                there = set_aside(self.store, records.path(self.store, each.cell_id))
-                self.progress.line(f"{error.what}: set aside as {there}, and measured again")
-                continue
-            if record is not None:
-                known[each.cell_id] = record
-        return known
 
     def _settle(self, planned: PlannedCell) -> None:
         """Bring a cell that does not run to its end: its old record stays, or says why not."""

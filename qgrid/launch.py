@@ -37,20 +37,26 @@ def since(folder: Path) -> frozenset[str]:
 
 def planned_anew(folder: Path) -> None:
     """Write down which launches belong to an earlier plan or command: not those that still run."""
-    store = folder.parents[1]
-    over = [each for each in sorted(_launches(folder)) if not _runs(store, each)]
+    here = {each for each, owner in owners(folder).items() if owner.is_here}
+    over = sorted(set(_launches(folder)) - here)
     write_atomic(folder / EARLIER, "".join(f"{each}\n" for each in over))
 
 
 def is_running(folder: Path) -> bool:
     """Whether a launch of a sweep is known to run on this machine."""
-    return any(_runs(folder.parents[1], each) for each in _launches(folder))
+    return any(owner.is_here for owner in owners(folder).values())
 
 
-def _runs(store: Path, name: str) -> bool:
-    """Whether a launch is known to run, here: one elsewhere may have died without a word."""
-    owner = leases.owner(leases.of(store, "launches", name))
-    return owner is not None and owner.is_here
+def owners(folder: Path) -> dict[str, leases.Owner]:
+    """The launches of a sweep that run on machines, and their processes, as far as is known.
+
+    One on another machine may have died without a word.
+    """
+    store = folder.parents[1]
+    found = {
+        each: leases.owner(leases.of(store, "launches", each)) for each in sorted(_launches(folder))
+    }
+    return {each: owner for each, owner in found.items() if owner is not None}
 
 
 def _launches(folder: Path) -> list[str]:

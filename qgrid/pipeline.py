@@ -64,10 +64,10 @@ class Pipeline:
             return outcome
         outcome.manifest = artifacts.load_manifest(self._folder(planned))
         baseline = self._baseline(planned, outcome)
-        if baseline is not None and baseline.quality_id not in self._launch.scored:
-            with outcome.timed("waited"):  # slices are compared with its items
-                self._quality(baseline, None, False, Outcome())
         if baseline is not None:
+            if baseline.quality_id not in self._launch.scored:
+                with outcome.timed("waited"):  # slices are compared with its items
+                    self._quality(baseline, None, False, Outcome())
             _await(self._launch.scored[baseline.quality_id], outcome)
         outcome.results["quality"] = self._quality(planned, baseline, stale, outcome)
         out = self._store / "cells" / planned.cell_id / "speed"

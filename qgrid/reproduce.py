@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qgrid import codec, commands, device, launchers, leases, records, registry, sweep, sweep_lock
+from qgrid import codec, commands, device, launch, launchers, records, registry, sweep, sweep_lock
 from qgrid.facts import Facts
 from qgrid.files import HashCache, write_atomic
 from qgrid.progress import labels
@@ -151,13 +151,11 @@ def _run(
 
 def _refuse_company(task: Task) -> None:
     """Two runs in one store would be one run."""
-    for folder in (task.sweep / "launches").glob("*"):
-        owner = leases.owner(leases.of(task.store, "launches", folder.name))
-        if owner is not None:
-            raise commands.WrongCommand(
-                f"process {owner.pid} on {owner.host} is reproducing `{task.lock.name}` already; "
-                "wait for it, or give another out=FOLDER"
-            )
+    for owner in launch.owners(task.sweep).values():
+        raise commands.WrongCommand(
+            f"process {owner.pid} on {owner.host} is reproducing `{task.lock.name}` already; "
+            "wait for it, or give another out=FOLDER"
+        )
 
 
 def _verdicts(

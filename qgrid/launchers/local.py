@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import PositiveInt
 
-from qgrid import commands, leases
+from qgrid import commands
 from qgrid import launch as launches
 
 REMOTE = False
@@ -37,10 +37,7 @@ def launch(folder: Path, options: Options, detach: bool) -> int:
 def cancel(folder: Path) -> list[str]:
     """End every launch of the sweep that runs on this machine; a line for each that runs."""
     said = []
-    for launch_folder in sorted((folder / launches.LAUNCHES).glob("*")):
-        owner = leases.owner(leases.of(folder.parents[1], "launches", launch_folder.name))
-        if owner is None:
-            continue
+    for owner in launches.owners(folder).values():
         if owner.is_here:
             os.kill(owner.pid, signal.SIGTERM)
             said.append(f"process {owner.pid} was told to end")

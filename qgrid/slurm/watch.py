@@ -31,7 +31,7 @@ from qgrid.slurm.submissions import Submission
 from qgrid.slurm.submitting import Sweep, submit
 from qgrid.slurm.wanted import Wanted
 from qgrid.store import place
-from qgrid.store.aside import set_aside
+from qgrid.store.aside import readable
 from qgrid.types import PlannedCell, Settings
 
 REFUSED = 2  # exit code: Slurm takes no job as it was asked
@@ -104,7 +104,7 @@ class Watch:
             self._launch = joined[-1] if joined else launches.new_id()
             self._wanted = Wanted(sweep.folder, sweep.settings, self._launch)
             self._refuse()
-            self._set_damaged_aside()
+            readable(sweep.store, sweep.planned, self._progress.line)
             cells = self._wanted.cells(sweep.planned)
             self._waiting = {each.cell_id: each for each in cells}
             live = seen.live_cells()
@@ -168,16 +168,6 @@ class Watch:
             sweep = self._sweep
             quiet = Progress(refused, io.StringIO())
             controller.Sweep(refused, sweep.settings, sweep.folder, quiet, part).run()
-
-    def _set_damaged_aside(self) -> None:
-        """Make room for what cannot be read: its cell is measured again."""
-        for each in self._sweep.planned:
-            try:
-                records.read(self._sweep.store, each.cell_id)
-            except records.DamagedRecord as error:
-                store = self._sweep.store
-                there = set_aside(store, records.path(store, each.cell_id))
-                self._progress.line(f"{error}: it is now {there}")
 
     def _announce(self, queued: int, submitted: Sequence[Submission]) -> None:
         cells = sum(len(task.cells) for each in submitted for task in each.tasks)
