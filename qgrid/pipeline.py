@@ -34,7 +34,7 @@ from qgrid.types import (
     Stage,
     StageResult,
 )
-from qgrid.worker import CORES, FINGERPRINT
+from qgrid.worker import FINGERPRINT
 
 
 class Pipeline:
@@ -235,6 +235,7 @@ class Pipeline:
             out=str(out),
             store=str(self._store),
             verify=self._settings.verify,
+            cores=self._cores(stage, planned),
         )
         # as it is: the stage must find the paths, and `config` lets no secret into a cell
         files.write_atomic(out / "job.json", codec.dumps(job, indent=1) + "\n", durable=False)
@@ -264,15 +265,20 @@ class Pipeline:
         return told
 
     def _machine(self, stage: Stage, planned: PlannedCell) -> AbstractContextManager[None]:
-        """Hold what the stage computes with: a timing alone, the other stages together.
+        """Hold what the stage computes with: a timing alone, the other stages together."""
+        cards = () if planned.cell.gpu.kind == "cpu" else self._slot.cards
+        cores = self._cores(stage, planned)
+        return machine.hold(cores, stage == "speed", cards, self._launch.stop.check)
 
-        A timing on a CPU is one of the memory that all cores share, so it takes all of them; one
-        on cards takes the slot's own.
+    def _cores(self, stage: Stage, planned: PlannedCell) -> tuple[int, ...] | None:
+        """The cores that a stage computes with: the slot's own.
+
+        A timing on a CPU is one of the memory that all cores share, so it takes all of them: to
+        be alone, and to run as it does where there is one slot.
         """
-        alone, stop = stage == "speed", self._launch.stop.check
-        if planned.cell.gpu.kind == "cpu":
-            return machine.hold(None if alone else self._slot.cores, alone, stop=stop)
-        return machine.hold(self._slot.cores, alone, self._slot.cards, stop)
+        if stage == "speed" and planned.cell.gpu.kind == "cpu":
+            return None
+        return self._slot.cores
 
     def _worker(self, stage: Stage, planned: PlannedCell) -> Worker:
         """The warm parent of the environment that the stage's method or runtime names."""
@@ -282,10 +288,8 @@ class Pipeline:
             environment = registry.runtime(planned.cell.runtime.name).LOADS.environment
         if environment not in self._workers:
             told = {FINGERPRINT: self._launch.fingerprint, LAUNCH: self._launch.id}
-            if self._slot.cores is not None:
-                told[CORES] = ",".join(map(str, self._slot.cores))
-                if self._slot.cards:
-                    told["CUDA_VISIBLE_DEVICES"] = ",".join(self._slot.cards)
+            if self._slot.cores is not None and self._slot.cards:
+                told["CUDA_VISIBLE_DEVICES"] = ",".join(self._slot.cards)
             worker = Worker(environment, self._log, told, self._ahead, self._launch.stop)
             self._workers[environment] = worker
         return self._workers[environment]

@@ -368,6 +368,7 @@ class Job:
     out: str  # folder that receives `result.json` and the stage's files
     store: str  # root of all outputs
     verify: Literal["cached", "full"] = "cached"
+    cores: tuple[int, ...] | None = None  # that the stage may use; None: all of the machine
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,6 @@ from qgrid.types import Failure, Job, StageResult
 
 CAN_FORK = sys.platform == "linux"  # macOS has fork, but its own libraries do not survive it
 FINGERPRINT = "QGRID_FINGERPRINT"  # the controller's environment fingerprint, for the results
-CORES = "QGRID_CORES"  # those that a slot has to itself; absent: all
 PR_SET_PDEATHSIG = 1
 OOM_SCORE = "800"  # the kernel kills the stage before the controller
 
@@ -61,8 +60,6 @@ def main(arguments: Sequence[str]) -> int:
     """Serve jobs until stdin ends, or run the one of `--job FILE`."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    if CORES in os.environ and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, [int(core) for core in os.environ[CORES].split(",")])
     if list(arguments[:1]) == ["--job"]:
         _and_exit(lambda: run_alone(Path(arguments[1])))
     _Server(arguments).serve()
@@ -72,6 +69,8 @@ def main(arguments: Sequence[str]) -> int:
 def run_job(path: Path) -> None:
     """Run the stage of a job file and write its `result.json`."""
     job = codec.loads(Job, path.read_bytes())
+    if job.cores is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, job.cores)
     before = len(sys.modules)
     start = time.perf_counter()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -606,8 +607,10 @@ def test_slots_work_beside_each_other_and_timings_alone(
 ) -> None:
     trivial.install(monkeypatch)
     monkeypatch.setenv(trivial.LEDGER, str(tmp_path / "ledger"))
-    choices = [trivial.choice(16, load=n, quality_pause=0.3, speed_pause=0.3) for n in range(2)]
-    choices += [trivial.choice(4, number=n, quality_pause=0.3, speed_pause=0.3) for n in (1, 2)]
+    # builds so long that they meet on a busy machine, too
+    pauses: dict[str, Any] = {"pause": 1.5, "quality_pause": 0.3, "speed_pause": 0.3}
+    choices = [trivial.choice(16, load=n, **pauses) for n in range(2)]
+    choices += [trivial.choice(4, number=n, **pauses) for n in (1, 2)]
     folder, cells = trivial.write(choices, tmp_path / "store")
     settings = trivial.settings(tmp_path / "store")
     part = controller.Part(slots=(Slot((0,)), Slot((0,)), Slot((0,))))
@@ -616,7 +619,9 @@ def test_slots_work_beside_each_other_and_timings_alone(
     assert set(statuses(tmp_path / "store", cells)) == {"ok"}
     open_stages: dict[int, str] = {}
     beside = set()
+    cores = {"artifact": [0], "quality": [0], "speed": sorted(os.sched_getaffinity(0))}
     for line in trivial.ledger(tmp_path / "ledger"):
+        assert line["cores"] == cores[line["stage"]]  # a timing runs as where it is the only slot
         if line["event"] == "begin":
             open_stages[line["pid"]] = line["stage"]
         else:

@@ -39,6 +39,7 @@ def wait_at_gate(name: str) -> None:
 
 
 def _place() -> dict[str, Any]:
-    """Which process writes, and where a cluster has put it."""
+    """Which process writes, on which cores, and where a cluster has put it."""
     node, job = os.environ.get("SLURMD_NODENAME"), os.environ.get("SLURM_JOB_ID")
-    return {"pid": os.getpid(), "node": node, "job": job}
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return {"pid": os.getpid(), "cores": cores, "node": node, "job": job}
