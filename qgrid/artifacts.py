@@ -142,6 +142,7 @@ def _result(manifest: Manifest, seconds: Mapping[str, float], reused: bool) -> S
         "reused": reused,
         "format": manifest.format,
         "module_methods": verification.histogram(manifest.modules),
+        "module_bits": verification.stored_widths(manifest.modules),
         "stored_dtypes": dict(manifest.dtypes),
         "tensor_types": dict(manifest.tensor_types),
         "versions": dict(manifest.versions),

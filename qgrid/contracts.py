@@ -35,7 +35,8 @@ class Built:
 class MethodModule(Protocol):
     """A file of `qgrid/methods/` (or an entry point of the group `qgrid.methods`).
 
-    It may also offer, all without torch:
+    A method whose library can give single layers a width of their own has an option `keep`, see
+    `qgrid.widths`. It may also offer, all without torch:
 
     * `support(options) -> MethodSupport`: what these options change of `SUPPORTS`, such as format
       and packages;
@@ -51,6 +52,8 @@ class MethodModule(Protocol):
       check `bits` holds every layer against;
     * `checks(folder, cell) -> Sequence[Check]`: own verdicts about stored files, cheap enough for
       every use of them;
+    * `load(folder, arguments) -> model`: the torch model in a folder that transformers does not
+      read itself; `arguments` are those of `from_pretrained` (this hook alone may import torch);
     * `UNQUANTIZED`: the options of its 16-bit form, if a runtime names it as its `baseline`.
     """
 

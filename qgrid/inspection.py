@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from qgrid import models
+from qgrid import layouts, models
 from qgrid.gguf import layers
 from qgrid.headers import (
     TornFile,
@@ -22,6 +21,7 @@ from qgrid.headers import (
     read_headers,
     weight_files,
 )
+from qgrid.layouts import FLOATS, FLOATS_16
 from qgrid.types import ModuleState, Tensor
 
 __all__ = [
@@ -34,18 +34,14 @@ __all__ = [
     "inspect",
     "is_decoder_linear",
     "is_gguf",
-    "module_format",
     "num_parameters",
     "quantization_config",
     "read_header",
     "read_headers",
-    "stored_format",
     "stored_linears",
     "weight_files",
 ]
 
-FLOATS_16 = frozenset({"BF16", "F16"})
-FLOATS = FLOATS_16 | {"F32", "F64", "F8_E4M3", "F8_E5M2"}
 _DECODER_LINEAR = re.compile(r"\.(?:layers|h|blocks|block)\.\d+\.(?!.*norm).*(?<!router)$")
 _ROUTER = re.compile(r"(?:mlp|block_sparse_moe)\.(?:gate|router|shared_expert_gate)$")
 _ROPE_TABLE = re.compile(
@@ -95,7 +91,7 @@ def inspect(folder: Path, base: Path | None = None, method: str = "quantized") -
     weights = sum(state.num_weights for state in modules.values())
     bits = sum(state.bits * state.num_weights for state in modules.values())
     return Contents(
-        format=stored_format(folder, tensors),
+        format=_format(folder, tensors, (state.format for state in modules.values())),
         tensors=tensors,
         dtypes=dict(dtypes),
         modules=modules,
@@ -128,42 +124,33 @@ def is_decoder_linear(module: str) -> bool:
 
 def stored_linears(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """Linear layers from the shapes that a quantized folder keeps itself."""
-    found = decoder_linears(tensors) | _native_linears(tensors)
-    for path in weight_files(folder):
-        for name, (tensor, start) in read_header(path).items():
-            module, _, part = name.partition(".weight")
-            if part == "_shape" or part.startswith(".quant_state."):
-                found[module] = _kept_shape(path, start, tensor)
-            elif part == "" and tensor.dtype == "I8" and len(tensor.shape) == 2:
-                found[module] = (tensor.shape[0], tensor.shape[1])
+    found = decoder_linears(tensors)
+    places: dict[str, tuple[Path, int]] = {}  # where a tensor begins; headers are read when needed
+
+    def read(name: str) -> bytes:
+        if not places:
+            for path in weight_files(folder):
+                places.update({n: (path, start) for n, (_, start) in read_header(path).items()})
+        path, start = places[name]
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(tensors[name].nbytes)
+
+    for module, parts in _by_layer(tensors).items():
+        shape = layouts.shape(parts, lambda part, module=module: read(f"{module}.{part}"))  # type: ignore[misc]
+        if shape is not None:
+            found[module] = shape
     return found
 
 
-def _native_linears(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """Layers of a `gptq` or `awq` checkpoint: rows by scales, columns by codes."""
-    found = {}
-    for name, codes in tensors.items():
-        module, _, part = name.rpartition(".")
-        if part != "qweight":
-            continue
-        rows = tensors[f"{module}.scales"].shape[1]
-        places = tensors.get(f"{module}.g_idx")
-        found[module] = (rows, codes.shape[0] if places is None else places.shape[0])
+def _by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the layer that they seem to belong to, where its weight is in several."""
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        module, dot, _ = name.partition(".weight")
+        module = module if dot else name.rpartition(".")[0]
+        found[module][name.removeprefix(f"{module}.")] = tensor
     return found
-
-
-def _native_format(codes: Tensor, scales: Tensor) -> str:
-    """`gptq` packs along a row of weights, so that its codes are as wide as the scales."""
-    return "gptq" if codes.shape[1] == scales.shape[1] else "awq"
-
-
-def _kept_shape(path: Path, start: int, tensor: Tensor) -> tuple[int, int]:
-    """Rows and columns from two integers (compressed-tensors) or a JSON text (bitsandbytes)."""
-    with path.open("rb") as file:
-        file.seek(start)
-        raw = file.read(tensor.nbytes)
-    rows, columns = struct.unpack("<2q", raw) if tensor.dtype == "I64" else json.loads(raw)["shape"]
-    return int(rows), int(columns)
 
 
 def num_parameters(
@@ -193,36 +180,15 @@ def quantization_config(folder: Path) -> dict[str, Any]:
     return dict(config.get("quantization_config") or {})
 
 
-def stored_format(folder: Path, tensors: Mapping[str, Tensor]) -> str:
-    """The format by what the tensors are; `config.json` only names it where they agree."""
+def _format(folder: Path, tensors: Mapping[str, Tensor], kinds: Iterable[str]) -> str:
+    """What the layers are stored as, or the floats of a folder in which none is quantized."""
     if is_gguf(folder):
         return "gguf"
-    for suffix, default in _COMPRESSED.items():
-        if any(name.endswith(suffix) for name in tensors):
-            return str(quantization_config(folder).get("format", default))
-    others = _bitsandbytes_format(tensors) or _packed_format(tensors)
-    if others is not None:
-        return others
+    quantized = sorted(set(kinds) - layouts.PLAIN)
+    if quantized:
+        return "+".join(quantized)
     floats = {t.dtype for t in tensors.values() if t.dtype in FLOATS}
     return "safetensors-16bit" if floats <= FLOATS_16 else "safetensors-32bit"
-
-
-_COMPRESSED = {".weight_packed": "pack-quantized", ".weight_scale": "quantized"}
-
-
-def _bitsandbytes_format(tensors: Mapping[str, Tensor]) -> str | None:
-    kinds = {name.rpartition("__")[2] for name in tensors if "quant_state.bitsandbytes__" in name}
-    if kinds:
-        return f"bitsandbytes-{'+'.join(sorted(kinds))}"
-    return "bitsandbytes-int8" if any(name.endswith(".SCB") for name in tensors) else None
-
-
-def _packed_format(tensors: Mapping[str, Tensor]) -> str | None:
-    """`gptq` or `awq`, by the first layer that is packed."""
-    codes = next((name for name in tensors if name.endswith(".qweight")), None)
-    if codes is None:
-        return None
-    return _native_format(tensors[codes], tensors[codes.removesuffix("qweight") + "scales"])
 
 
 def _modules(
@@ -250,23 +216,5 @@ def _owner(tensor: str, linears: Mapping[str, Any]) -> str | None:
 
 def _state(parts: Mapping[str, Tensor], num_weights: int, method: str) -> ModuleState:
     bits = 8 * sum(tensor.nbytes for tensor in parts.values()) / num_weights
-    kind = module_format(parts)
-    plain = kind in {"16bit", "32bit", "missing"}
-    return ModuleState("none" if plain else method, kind, bits, num_weights)
-
-
-def module_format(parts: Mapping[str, Tensor]) -> str:
-    """How one linear layer is stored, by the names and dtypes of its tensors."""
-    if "weight_packed" in parts:
-        return "pack-quantized"
-    if any(".quant_state." in f".{name}" for name in parts):
-        return "bitsandbytes-4bit"
-    if "SCB" in parts:
-        return "bitsandbytes-int8"
-    if "weight" not in parts:
-        native = "qweight" in parts and "scales" in parts
-        return _native_format(parts["qweight"], parts["scales"]) if native else "missing"
-    dtype = parts["weight"].dtype
-    if dtype in FLOATS_16:
-        return "16bit"
-    return "32bit" if dtype in {"F32", "F64"} else f"quantized-{dtype.lower()}"
+    kind = layouts.format_of(parts)
+    return ModuleState("none" if kind in layouts.PLAIN else method, kind, bits, num_weights)

@@ -6,11 +6,14 @@ import contextlib
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qgrid.contracts import MethodModule, RuntimeModule
     from qgrid.types import Method, MethodSupport
 
@@ -53,6 +56,23 @@ def support(chosen: Method) -> MethodSupport:
     module = method(chosen.name)
     own = getattr(module, "support", None)
     return module.SUPPORTS if own is None else cast("MethodSupport", own(chosen.options))
+
+
+def loader(chosen: Method) -> Callable[[Path, Mapping[str, Any]], Any]:
+    """What makes a torch model of the method's artifact: its own `load`, else transformers'.
+
+    It is given the folder and the arguments of `from_pretrained`.
+    """
+    own = getattr(method(chosen.name), "load", None)
+
+    def load(folder: Path, arguments: Mapping[str, Any]) -> Any:
+        if own is not None:
+            return own(folder, arguments).eval()
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(folder, **arguments).eval()
+
+    return load
 
 
 def runtime(name: str) -> RuntimeModule:

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qgrid import environment, inspection, models, phrases, registry
+from qgrid import environment, inspection, models, phrases, registry, widths
 from qgrid.envs import locks
 from qgrid.files import HashCache
 from qgrid.fingerprint import difference
 from qgrid.finite import nonfinite
 from qgrid.inspection import Contents
+from qgrid.layouts import MISSING
 from qgrid.types import Cell, Check, Manifest, MethodSupport, ModuleState
 
 _BITS_TOLERANCE = 0.01  # relative; layer by layer the format leaves no room, see `stored_bits`
@@ -119,13 +120,18 @@ def _expected_bits(
     method: Any, cell: Cell, shapes: Mapping[str, tuple[int, int]]
 ) -> dict[str, tuple[float, float]]:
     """Lowest and highest bits per weight of every layer."""
-    if cell.bits == 16:
-        return dict.fromkeys(shapes, (16.0, 16.0))
-    exact = getattr(method, "stored_bits", None)
-    if exact is None:
-        return dict.fromkeys(shapes, (float(cell.bits), cell.bits + _UNKNOWN_OVERHEAD))
-    values = {n: exact(cell.bits, cell.method.options, *shape) for n, shape in shapes.items()}
-    return {n: v if isinstance(v, tuple) else (v, v) for n, v in values.items()}
+    exact, options = getattr(method, "stored_bits", None), cell.method.options
+
+    def span(layer: str, shape: tuple[int, int]) -> tuple[float, float]:
+        bits = widths.of(cell.bits, options, layer)
+        if bits == widths.UNQUANTIZED:
+            return bits, bits
+        if exact is None:
+            return bits, bits + _UNKNOWN_OVERHEAD
+        value = exact(bits, options, *shape)
+        return value if isinstance(value, tuple) else (value, value)
+
+    return {layer: span(layer, shape) for layer, shape in shapes.items()}
 
 
 def _mean(contents: Contents, expected: Mapping[str, tuple[float, float]]) -> str:
@@ -141,19 +147,25 @@ def _mean(contents: Contents, expected: Mapping[str, tuple[float, float]]) -> st
 
 
 def check_coverage(contents: Contents, cell: Cell) -> Check:
-    """Every linear layer of the decoder except the head is quantized (or none, at 16 bits).
+    """Every linear layer of the decoder except the head is quantized, or at 16 bits where asked.
 
     Only noted, not fatal, where the cell accepts that some layers are stored otherwise.
     """
-    wants_plain = cell.bits == 16
+    plain = {
+        name
+        for name in contents.modules
+        if widths.of(cell.bits, cell.method.options, name) >= widths.UNQUANTIZED
+    }
     wrong = [
         f"{name} ({state.format})"
         for name, state in contents.modules.items()
-        if (state.method == "none") != wants_plain or state.format == "missing"
+        if (state.method == "none") != (name in plain) or state.format == MISSING
     ]
     total = len(contents.modules)
     share = (total - len(wrong)) / total if total else 0.0
-    goal = "all linear layers " + ("at 16 bits" if wants_plain else "quantized")
+    goal = f"all linear layers {'at 16 bits' if cell.bits >= widths.UNQUANTIZED else 'quantized'}"
+    if plain and cell.bits < widths.UNQUANTIZED:
+        goal += f" but {len(plain)}"
     if not total:
         wrong.append("no linear layer was found")
     check = _check("coverage", wrong, goal, f"{total} of {total} layers")
@@ -226,6 +238,12 @@ def tokenizer_hashes(folder: Path, cache: HashCache) -> dict[str, str]:
 def histogram(modules: Mapping[str, ModuleState]) -> dict[str, int]:
     """How many layers each method quantized."""
     return dict(Counter(state.method for state in modules.values()))
+
+
+def stored_widths(modules: Mapping[str, ModuleState]) -> dict[str, int]:
+    """How many layers are stored in so many bits a weight, scales included."""
+    found = Counter(round(state.bits, 2) for state in modules.values())
+    return {f"{bits:g}": found[bits] for bits in sorted(found)}
 
 
 def _widths(modules: Mapping[str, ModuleState]) -> dict[str, tuple[str, float, int]]:

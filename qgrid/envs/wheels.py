@@ -25,6 +25,7 @@ SOURCES = {
     "PyPcre": "",
     "Defuser": "",  # it and the next need PyPcre, which pip would build again
     "GPTQModel": "",
+    "hqq": "",
 }
 LOCK = Path(__file__).with_name("main.txt")
 
@@ -116,7 +117,8 @@ def _build(requirement: str, arguments: str, target: Path) -> None:
     with built_aside(target) as aside:
         subprocess.run(
             [*pip, requirement, "-w", aside],
-            env={**os.environ, "CMAKE_ARGS": arguments},
+            # hqq would build for CUDA, or fail where its compiler is not
+            env={**os.environ, "CMAKE_ARGS": arguments, "DISABLE_CUDA": "1"},
             stdout=sys.stderr,
             check=True,
         )

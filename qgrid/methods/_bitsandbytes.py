@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qgrid import widths
 from qgrid.contracts import Built
 from qgrid.methods import _checkpoint
 from qgrid.types import Cell
 
 PACKAGES = ("bitsandbytes", "torch", "transformers")
-_KEPT = ["lm_head"]
 
 
 def quantize(cell: Cell, source: Path, out: Path, settings: dict[str, Any]) -> Built:
@@ -23,7 +23,8 @@ def quantize(cell: Cell, source: Path, out: Path, settings: dict[str, Any]) -> B
     from transformers import BitsAndBytesConfig
 
     _checkpoint.refuse_quantized(source)
-    config = BitsAndBytesConfig(**settings, llm_int8_skip_modules=_KEPT)
+    kept = widths.others(cell, source).get(widths.UNQUANTIZED, [])
+    config = BitsAndBytesConfig(**settings, llm_int8_skip_modules=[widths.HEAD, *kept])
     place = {"": 0} if torch.cuda.is_available() else {"": "cpu"}
     model = _checkpoint.load_16bit(source, cell.model, quantization_config=config, device_map=place)
     model.save_pretrained(out)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qgrid import gptq_kernels, inspection, models
+from qgrid import gptq_kernels, inspection, models, registry
 from qgrid.contracts import Unsupported
 
 if TYPE_CHECKING:
@@ -128,8 +128,6 @@ def reload(folder: Path, cell: Cell) -> Any:
 
     Where several kernels multiply it, by the one that the model in memory has.
     """
-    from transformers import AutoModelForCausalLM
-
     kernel = gptq_kernels.asked(folder, gptq_kernels.PLAIN, "auto", cell.gpu.kind)
-    options = models.load_options(cell.model) | kernel
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
+    arguments = {"dtype": "auto", **models.load_options(cell.model), **kernel}
+    return registry.loader(cell.method)(folder, arguments)

@@ -69,6 +69,11 @@ def stored_bits(
 
 def refusal(cell: Cell, layout: Layout) -> str | None:
     """Why the cell's model cannot be stored so; None if it can, or is not on this machine."""
+    if cell.method.options["keep"]:
+        return (
+            f"`method.keep` is not there in `method.format={layout}`; leave it out or use "
+            "`method.format=compressed-tensors`"
+        )
     source = models.located(cell.model)
     if source is None or not (source / "config.json").is_file():
         return None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qgrid import calibration
+from qgrid import calibration, widths
 from qgrid.contracts import Built
 from qgrid.methods import _checkpoint
 from qgrid.types import Cell
@@ -24,12 +24,13 @@ def quantize(
     cell: Cell,
     source: Path,
     out: Path,
-    scheme: Scheme,
+    scheme: Callable[[int], Scheme],
     recipe: Callable[[Mapping[str, Any]], list[Any]],
 ) -> Built:
     """Run llmcompressor on `source` and write the compressed checkpoint into `out`.
 
-    `recipe` makes the modifiers from the arguments that describe `scheme`.
+    `scheme` describes the layers of a width, `recipe` makes the modifiers from the arguments that
+    describe them all.
 
     Raises:
         Unsupported: the source is quantized already.
@@ -39,7 +40,7 @@ def quantize(
     drawn = calibration.draw(cell.calibration, tokenizer, cell.seed) if cell.calibration else None
     _configure_log()
     model = _checkpoint.load_16bit(source, cell.model)
-    _oneshot(model, tokenizer, recipe(_arguments(scheme)), drawn)
+    _oneshot(model, tokenizer, recipe(_arguments(cell, source, scheme)), drawn)
     model.save_pretrained(out, save_compressed=True)
     _checkpoint.copy_tokenizer(source, out)
     ids = _checkpoint.probe(source, cell)
@@ -50,12 +51,16 @@ def quantize(
     )
 
 
-def _arguments(scheme: Scheme) -> dict[str, Any]:
-    """Arguments of a modifier that stores all decoder linears as `scheme` says."""
-    return {
-        "config_groups": {"group_0": {"targets": ["Linear"], **scheme}},
-        "ignore": _KEPT,
-    }
+def _arguments(cell: Cell, source: Path, scheme: Callable[[int], Scheme]) -> dict[str, Any]:
+    """Arguments that store every decoder linear in its width; names go before types."""
+    groups = {"group_0": {"targets": ["Linear"], **scheme(cell.bits)}}
+    kept = list(_KEPT)
+    for bits, layers in widths.others(cell, source).items():
+        if bits == widths.UNQUANTIZED:
+            kept += layers
+        else:
+            groups[f"group_{bits}"] = {"targets": layers, **scheme(bits)}
+    return {"config_groups": groups, "ignore": kept}
 
 
 def _oneshot(

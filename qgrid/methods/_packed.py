@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import PositiveInt
 
-from qgrid import inspection, models
+from qgrid import inspection, models, widths
 from qgrid.methods import _checkpoint
 from qgrid.methods import _llmcompressor as llmc
 from qgrid.types import Cell, MethodSupport
@@ -34,6 +34,7 @@ class Options:
     group_size: PositiveInt | None
     symmetric: bool
     scheme: Scheme | None
+    keep: Mapping[str, int] | None
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def refusal(cell: Cell) -> str | None:
 
     Also None while the model is not on this machine: `quantize` asks again.
     """
+    if reason := widths.refusal(cell, BITS):
+        return reason
     source = models.located(cell.model)
     if source is None or not (source / "config.json").is_file():
         return None
@@ -127,9 +130,9 @@ def indivisible(source: Path, group_size: int | None) -> str | None:
     )
 
 
-def scheme(cell: Cell) -> llmc.Scheme:
-    """The cell's weights in llmcompressor's words; activations stay as they are."""
-    stored = weights(cell.bits, cell.method.options)
+def scheme(bits: int, options: Mapping[str, Any]) -> llmc.Scheme:
+    """Weights of a width in llmcompressor's words; activations stay as they are."""
+    stored = weights(bits, options)
     grouped = stored.group_size is not None
     return {
         "weights": {

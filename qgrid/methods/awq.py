@@ -66,13 +66,32 @@ def quantize(cell: Cell, source: Path, out: Path) -> Built:
 
     def recipe(arguments: Mapping[str, Any]) -> list[Any]:
         from llmcompressor.modifiers.quantization import QuantizationModifier
-        from llmcompressor.modifiers.transform.awq import AWQModifier
 
-        search = AWQModifier(duo_scaling=options.duo_scaling, n_grid=options.grid_points)
+        search = _search()(duo_scaling=options.duo_scaling, n_grid=options.grid_points)
         return [search, QuantizationModifier(**arguments)]
 
     packed.refuse(cell, source)
-    return llmc.quantize(cell, source, out, packed.scheme(cell), recipe)
+    scheme = partial(packed.scheme, options=cell.method.options)
+    return llmc.quantize(cell, source, out, scheme, recipe)
+
+
+def _search() -> Any:
+    """llmcompressor's search, without the places where every layer stays at 16 bits.
+
+    There it would divide by a number of weights that is zero.
+    """
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    class Search(AWQModifier):  # type: ignore[misc]
+        def _set_resolved_mappings(self, model: Any) -> None:
+            super()._set_resolved_mappings(model)
+            self._resolved_mappings: list[Any] = [
+                mapping
+                for mapping in self._resolved_mappings
+                if any(hasattr(each, "quantization_scheme") for each in mapping.balance_layers)
+            ]
+
+    return Search
 
 
 # --- the native format ---------------------------------------------------------------------------

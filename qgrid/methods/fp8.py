@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from qgrid import inspection, models
+from qgrid import inspection, models, widths
 from qgrid.contracts import Built
 from qgrid.methods import _checkpoint
 from qgrid.methods import _llmcompressor as llmc
@@ -50,6 +50,7 @@ class Options:
     """`scheme`: what shares a scale, and whether the activations' is calibrated."""
 
     scheme: Literal["dynamic", "static", "block"]
+    keep: Mapping[str, int] | None
 
 
 def calibrates(options: Mapping[str, Any]) -> bool:
@@ -74,6 +75,8 @@ def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
 
 def refusal(cell: Cell) -> str | None:
     """Why the cell's model cannot be stored so; None if it can, or is not on this machine."""
+    if reason := widths.refusal(cell, SUPPORTS.bits):
+        return reason
     source = models.located(cell.model)
     if source is None or not (source / "config.json").is_file():
         return None
@@ -103,7 +106,7 @@ def quantize(cell: Cell, source: Path, out: Path) -> Built:
     """
     scheme = Options(**cell.method.options).scheme
     _checkpoint.refuse(_refused(source, scheme))
-    return llmc.quantize(cell, source, out, _SCHEMES[scheme], _recipe)
+    return llmc.quantize(cell, source, out, lambda _: _SCHEMES[scheme], _recipe)
 
 
 def _recipe(arguments: Mapping[str, Any]) -> list[Any]:

@@ -73,8 +73,9 @@ def quantize(cell: Cell, source: Path, out: Path) -> Built:
         ]
 
     packed.refuse(cell, source)
+    scheme = partial(packed.scheme, options=cell.method.options)
     with _noted_fallbacks() as names:
-        built = llmc.quantize(cell, source, out, packed.scheme(cell), recipe)
+        built = llmc.quantize(cell, source, out, scheme, recipe)
     return replace(built, module_methods=dict.fromkeys(names, "rtn"))
 
 

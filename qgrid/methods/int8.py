@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import NonNegativeFloat
 
+from qgrid import widths
 from qgrid.contracts import Built
 from qgrid.methods import _bitsandbytes as bnb
 from qgrid.types import Cell, MethodSupport
@@ -27,6 +28,12 @@ class Options:
     """`threshold`: an activation beyond it sends its column through the 16-bit path."""
 
     threshold: NonNegativeFloat
+    keep: Mapping[str, int] | None
+
+
+def refusal(cell: Cell) -> str | None:
+    """Why layers cannot be left out as asked; None if they can."""
+    return widths.refusal(cell, SUPPORTS.bits)
 
 
 def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qgrid import widths
 from qgrid.contracts import Built
 from qgrid.methods import _bitsandbytes as bnb
 from qgrid.types import Cell, MethodSupport
@@ -28,6 +29,12 @@ class Options:
     """`double_quant` stores the scales themselves in 8 bits."""
 
     double_quant: bool
+    keep: Mapping[str, int] | None
+
+
+def refusal(cell: Cell) -> str | None:
+    """Why layers cannot be left out as asked; None if they can."""
+    return widths.refusal(cell, SUPPORTS.bits)
 
 
 def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ refusal = packed.refusal
 def quantize(cell: Cell, source: Path, out: Path) -> Built:
     """Write the packed checkpoint of `source` into `out`."""
     packed.refuse(cell, source)
-    return llmc.quantize(cell, source, out, packed.scheme(cell), _recipe)
+    scheme = partial(packed.scheme, options=cell.method.options)
+    return llmc.quantize(cell, source, out, scheme, _recipe)
 
 
 def _recipe(arguments: Mapping[str, Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from qgrid import inspection
+from qgrid import inspection, widths
 from qgrid.contracts import Built
 from qgrid.methods import _llmcompressor as llmc
 from qgrid.types import Cell, Check, MethodSupport
@@ -44,6 +44,12 @@ class Options:
     """`smoothing_strength`: 1: weights take all the range of activations; 0: the reverse."""
 
     smoothing_strength: Annotated[float, Field(ge=0, le=1)]
+    keep: Mapping[str, int] | None
+
+
+def refusal(cell: Cell) -> str | None:
+    """Why layers cannot be left out as asked; None if they can."""
+    return widths.refusal(cell, SUPPORTS.bits)
 
 
 def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:
@@ -71,7 +77,7 @@ def quantize(cell: Cell, source: Path, out: Path) -> Built:
         smooth = SmoothQuantModifier(smoothing_strength=options.smoothing_strength)
         return [smooth, QuantizationModifier(**arguments)]
 
-    built = llmc.quantize(cell, source, out, _SCHEME, recipe)
+    built = llmc.quantize(cell, source, out, lambda _: _SCHEME, recipe)
     return replace(built, checks=(_check_smoothed(source, out),))
 
 

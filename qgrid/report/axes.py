@@ -40,14 +40,14 @@ def labels(cells: Sequence[Cell]) -> list[dict[str, str]]:
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested plain data as one level: `{"options": {"a": 1}}` is `{"options.a": 1}`.
 
-    Lists become JSON text.
+    Lists become JSON text, and so do mappings of patterns (`{"layers.0.*": 8}`).
     """
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and not any({".", "*"} & set(str(key)) for key in value):
         pairs: dict[str, Any] = {}
         for key, item in value.items():
             pairs |= flat(item, f"{prefix}.{key}" if prefix else str(key))
         return pairs
-    return {prefix: json.dumps(value) if isinstance(value, (list, tuple)) else value}
+    return {prefix: json.dumps(value) if isinstance(value, (Mapping, list, tuple)) else value}
 
 
 def _varies(column: Iterable[str]) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import gptq_kernels, models
+from qgrid import gptq_kernels, models, registry
 from qgrid.contracts import InvalidEngine, Unsupported
 from qgrid.device import compute_threads
 from qgrid.runtimes import _storage
@@ -46,7 +46,6 @@ def load(
 
 def _model(artifact: Path, cell: Cell, dtype: str, options: Options) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
 
     arguments = {
         "dtype": getattr(torch, dtype),
@@ -57,7 +56,7 @@ def _model(artifact: Path, cell: Cell, dtype: str, options: Options) -> Any:
         **gptq_kernels.asked(artifact, options.kernel, dtype, cell.gpu.kind),
     }
     try:
-        return AutoModelForCausalLM.from_pretrained(artifact, **arguments).eval()
+        return registry.loader(cell.method)(artifact, arguments)
     except (ValueError, ImportError, NotImplementedError) as error:
         if options.kernel == gptq_kernels.AUTO:
             raise

@@ -226,7 +226,7 @@ def _decoded(folder: Path) -> Made:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    if inspection.stored_format(folder, inspection.read_headers(folder)) == "pack-quantized":
+    if inspection.inspect(folder).format == "pack-quantized":
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         logprobs = _logprobs(model)
         found = model.named_modules()

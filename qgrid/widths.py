@@ -1,0 +1,79 @@
+"""Mixed precision: the width of each layer, where `method.keep` gives some their own.
+
+`keep` maps patterns of layer names (`lm_head`, `model.layers.0.*`) to bits; 16 leaves a layer as it
+is. Where several patterns match a layer, the longest one counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qgrid import inspection, models
+
+if TYPE_CHECKING:
+    from qgrid.types import Cell
+
+UNQUANTIZED = 16
+HEAD = "lm_head"  # at 16 bits in every method whose library leaves out layers by name
+
+
+def of(bits: int, options: Mapping[str, Any], layer: str) -> int:
+    """The width that a linear layer is to have where the method's is `bits`."""
+    keep: Mapping[str, int] = options.get("keep") or {}
+    found = [pattern for pattern in keep if fnmatchcase(layer, pattern)]
+    return keep[max(found, key=lambda each: (len(each), each))] if found else bits
+
+
+def by_layer(cell: Cell, source: Path) -> dict[str, int]:
+    """The width of every linear layer of the 16-bit checkpoint in `source`."""
+    layers = inspection.decoder_linears(inspection.read_headers(source))
+    return {layer: of(cell.bits, cell.method.options, layer) for layer in layers}
+
+
+def others(cell: Cell, source: Path) -> dict[int, list[str]]:
+    """The layers that have another width than the cell's, by their width."""
+    found: dict[int, list[str]] = {}
+    for layer, bits in by_layer(cell, source).items():
+        if bits != cell.bits:
+            found.setdefault(bits, []).append(layer)
+    return found
+
+
+def refusal(cell: Cell, allowed: Iterable[int]) -> str | None:
+    """Why `method.keep` cannot be had; None if it can, or the model is not on this machine.
+
+    `allowed` are the widths that the method's library can give single layers.
+    """
+    keep: Mapping[str, int] = cell.method.options.get("keep") or {}
+    has = sorted({*allowed, UNQUANTIZED})
+    for pattern, bits in keep.items():
+        if bits not in has or (pattern == HEAD and bits != UNQUANTIZED):
+            can = [UNQUANTIZED] if pattern == HEAD else has
+            return (
+                f"`method.keep` gives `{pattern}` {bits} bits, which `{cell.method.name}` cannot "
+                f"(has: {', '.join(map(str, can))})"
+            )
+    source = models.located(cell.model)
+    if not keep or source is None or not (source / "config.json").is_file():
+        return None
+    return _unmatched(cell, keep, source)
+
+
+def _unmatched(cell: Cell, keep: Mapping[str, int], source: Path) -> str | None:
+    """A pattern that names no layer, or patterns that leave none to the method's own width."""
+    widths = by_layer(cell, source)
+    for pattern in keep:
+        if pattern != HEAD and not any(fnmatchcase(layer, pattern) for layer in widths):
+            return (
+                f"`method.keep` names `{pattern}`, which matches none of the {len(widths)} linear "
+                f"layers (such as `{next(iter(widths), 'none')}`); correct the pattern"
+            )
+    if widths and cell.bits not in widths.values():
+        return (
+            f"`method.keep` leaves no layer at `bits={cell.bits}`; set `bits` to the width that "
+            "most layers have, or name fewer layers"
+        )
+    return None

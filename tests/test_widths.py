@@ -1,0 +1,89 @@
+"""Single layers in a width of their own: what is stored, what is refused, what the record shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qgrid import artifacts, registry, widths
+from qgrid.artifacts import BadArtifact
+from qgrid.types import Cell, Job
+from tests import jobs
+
+FIRST = "model.layers.0.*"
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture
+def make(tmp_path: Path, tiny_random: Path, make_cell: Callable[..., Cell]) -> Callable[..., Job]:
+    def run(method: str, bits: int, keep: dict[str, int], **changes: Any) -> Job:
+        return jobs.job(make_cell, tmp_path, tiny_random, method, bits, keep=keep, **changes)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "keep"),
+    [
+        ("rtn", 4, {FIRST: 8, DOWN: 2, "lm_head": 16, "model.layers.1.mlp.*": 16}),
+        ("gptq", 3, {FIRST: 8, DOWN: 16}),
+        ("awq", 4, {FIRST: 8, DOWN: 16}),
+        ("nf4", 4, {FIRST: 16}),
+        ("int8", 8, {DOWN: 16}),
+        ("fp8", 8, {FIRST: 16}),
+        ("smoothquant", 8, {DOWN: 16}),
+    ],
+)
+def test_layers_have_the_widths_that_are_asked_for(
+    method: str, bits: int, keep: dict[str, int], make: Callable[..., Job]
+) -> None:
+    job = make(method, bits, keep)
+    result = artifacts.build(job)
+    assert all(check.ok for check in result.checks), result.checks
+    manifest = artifacts.load_manifest(Path(job.artifact))
+    asked = {name: widths.of(bits, {"keep": keep}, name) for name in manifest.modules}
+    assert len(set(asked.values())) > 1
+    for name, state in manifest.modules.items():
+        assert asked[name] <= state.bits < asked[name] + 0.5
+        assert state.method == ("none" if asked[name] == 16 else method)
+    assert len(result.observed["module_bits"]) >= len(set(asked.values()))
+    assert sum(result.observed["module_bits"].values()) == 14
+
+
+def test_a_layer_that_was_not_kept_is_caught(
+    make: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(widths, "others", lambda *_: {})
+    with pytest.raises(BadArtifact, match=r"`bits`.*layers\.0\.mlp\.down_proj has 4\.\d+ bits"):
+        artifacts.build(make("rtn", 4, {DOWN: 8}))
+
+
+def test_the_longest_pattern_counts() -> None:
+    options = {"keep": {"*": 2, "model.layers.0.*": 8, "model.layers.0.mlp.*": 16}}
+    assert widths.of(4, options, "model.layers.1.mlp.up_proj") == 2
+    assert widths.of(4, options, "model.layers.0.self_attn.q_proj") == 8
+    assert widths.of(4, options, "model.layers.0.mlp.up_proj") == 16
+    assert widths.of(4, {}, "model.layers.0.mlp.up_proj") == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "keep", "said"),
+    [
+        ("rtn", 4, {FIRST: 5}, r"`model\.layers\.0\.\*` 5 bits, which `rtn` cannot \(has: 2, 3"),
+        ("nf4", 4, {FIRST: 8}, r"8 bits, which `nf4` cannot \(has: 4, 16\)"),
+        ("rtn", 4, {"lm_head": 8}, r"`lm_head` 8 bits, which `rtn` cannot \(has: 16\)"),
+        ("rtn", 4, {"model.layer.0.*": 8}, "matches none of the 14 linear layers"),
+        ("rtn", 4, {"*": 8}, "leaves no layer at `bits=4`"),
+        ("fp8", 8, {"model.layers.9.*": 16}, "matches none"),
+    ],
+)
+def test_what_cannot_be_kept_is_said_before_any_work(
+    method: str, bits: int, keep: dict[str, int], said: str, make: Callable[..., Job]
+) -> None:
+    import re
+
+    own: Any = registry.method(method)
+    assert re.search(said, own.refusal(make(method, bits, keep).planned.cell) or "")
