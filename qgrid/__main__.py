@@ -95,15 +95,6 @@ def _workspace(arguments: list[str]) -> int:
     return workspace.main(arguments)
 
 
-def _doctor(arguments: list[str]) -> int:
-    from qgrid import doctor
-
-    if arguments:
-        return _wrong(f"`qgrid doctor` takes no arguments, got `{' '.join(arguments)}`")
-    print(doctor.render())
-    return 0
-
-
 def _setup(arguments: list[str]) -> int:
     from qgrid.envs import construct, locks, setup
 
@@ -149,7 +140,7 @@ VERBS: dict[str | None, Callable[[list[str]], int]] = {
     "workspace": _workspace,
     "fsck": _module("qgrid.fsck"),
     "gc": _module("qgrid.gc"),
-    "doctor": _doctor,
+    "doctor": _module("qgrid.doctor"),
     "setup": _setup,
 }
 

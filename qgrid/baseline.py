@@ -1,7 +1,8 @@
 """What a cell's quality is compared with: the same cell at 16 bits with a 16-bit KV cache.
 
 The kernel is the runtime's choice there: one that multiplies quantized weights has none for 16-bit
-ones, and cells of several kernels compare with one baseline.
+ones, and cells of several kernels compare with one baseline. An adapter that a cell keeps beside
+its weights is merged into the baseline's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from qgrid import registry
+from qgrid import adapters, registry
 from qgrid.types import Cell, KvCache, Method, Runtime
 
 UNQUANTIZED = 16
@@ -29,6 +30,7 @@ def of(cell: Cell) -> Cell:
         return cell
     return replace(
         cell,
+        model=adapters.merged(cell.model),
         method=_method(cell.runtime.name),
         bits=UNQUANTIZED,
         runtime=replace(cell.runtime, options=options),

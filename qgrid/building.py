@@ -7,15 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from qgrid import inspection, registry, verification, weightless
+from qgrid import adapters, ends, inspection, registry, verification, weightless
+from qgrid.contracts import InvalidEngine
 from qgrid.files import HashCache, sha256
 from qgrid.fingerprint import fingerprint
-from qgrid.types import Cell, Check, Manifest, PlannedCell
+from qgrid.types import Cell, Check, Manifest, MethodSupport, PlannedCell
 
 if TYPE_CHECKING:
     from qgrid.contracts import Built
+    from qgrid.merging import Merged
 
 # Largest difference of logits, as a share of the largest logit. Every method here reloads to the
 # same bits on a CPU; on a GPU the model in memory and the reload may meet other kernels in bf16.
@@ -48,13 +51,26 @@ class Work:
 def made(work: Work) -> Manifest:
     """Quantize, check what was written, describe it; seconds and memory are the caller's.
 
+    An adapter that is to be merged goes into a copy of the base first, which is then the source.
+
     Raises:
         BadArtifact: what was written fails a fatal check.
     """
+    if not adapters.is_merged(work.cell.model) or weightless.holds_none(work.cell.method):
+        return _made(work, None)
+    from qgrid import merging
+
+    beside, name = work.folder.parent, work.folder.name  # the same file system, hidden alike
+    with TemporaryDirectory(dir=beside, prefix=f"{name}.") as place:
+        with work.timed("merge"):
+            merged = merging.merge(work.cell, work.source, Path(place))
+        return _made(replace(work, source=Path(place)), merged)
+
+
+def _made(work: Work, merged: Merged | None) -> Manifest:
     cell, folder = work.cell, work.folder
-    method = registry.method(cell.method.name)
     with work.timed("quantize"):
-        built = method.quantize(cell, work.source, folder)
+        built = _quantized(work, merged)
     with work.timed("verify"):
         stored = not weightless.holds_none(cell.method)
         described = _described(work, built) if stored else weightless.described(work)
@@ -66,8 +82,31 @@ def made(work: Work) -> Manifest:
         files=hashes,
         sizes={name: (folder / name).stat().st_size for name in names},
         calibration=built.calibration,
-        versions=verification.versions(registry.support(work.cell.method)),
+        versions=verification.versions(_support(cell)),
     )
+
+
+def _quantized(work: Work, merged: Merged | None) -> Built:
+    """What the method reports, with what is known of the adapter."""
+    cell, folder = work.cell, work.folder
+    built = registry.method(cell.method.name).quantize(cell, work.source, folder)
+    if cell.model.adapter is None:
+        return built
+    from qgrid import merging
+
+    if merged is None:
+        return replace(built, checks=(*built.checks, *merging.keep(cell, folder)))
+    merging.own(folder, work.source)
+    built = replace(built, checks=(*merged.checks, *built.checks))
+    if built.reference is not None or inspection.is_gguf(folder):
+        return built
+    return replace(built, probe=merged.probe, reference=merged.reference)
+
+
+def _support(cell: Cell) -> MethodSupport:
+    """What the method declares, and what the model's adapter needs."""
+    support = registry.support(cell.method)
+    return replace(support, packages=(*support.packages, *adapters.packages(cell.model)))
 
 
 def _hash(path: Path, cache: HashCache) -> str:
@@ -95,6 +134,7 @@ def _described(work: Work, built: Built) -> Manifest:
         verification.check_method(contents, work.cell),
         verification.check_tokenizer(tokenizer, fingerprint(work.source)),
         verification.check_finite(work.folder),
+        *(() if inspection.is_gguf(work.folder) else (ends.check(work.folder, work.source),)),
     ]
     if all(check.ok for check in checks if check.fatal):  # a bad folder may not even load
         checks += _check_reload(work, built)
@@ -129,7 +169,14 @@ def _check_reload(work: Work, built: Built) -> list[Check]:
         return [Check("reload", linked, "the logits of the model in memory", told, fatal=False)]
     from qgrid.methods import _checkpoint
 
-    again = _checkpoint.logits(_checkpoint.reload(work.folder, work.cell), built.probe)
+    bad = int((~built.reference.isfinite()).sum())
+    if bad:
+        told = f"{bad} of {built.reference.numel()} are NaN or infinite"
+        return [Check("finite_logits", False, "finite logits of the model in memory", told)]
+    try:
+        again = _checkpoint.logits(_checkpoint.reload(work.folder, work.cell), built.probe)
+    except InvalidEngine as error:
+        return [Check("reload", False, "a model of the stored tensors alone", str(error))]
     apart = float((again - built.reference).abs().max())
     largest = float(built.reference.abs().max())
     allowed = _RELOAD_TOLERANCE[work.cell.gpu.kind] * largest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,40 @@ def root(kind: str) -> Path:
     package = Path(__file__).resolve().parent
     inside = package / kind
     return inside if inside.is_dir() else package.parent / kind
+
+
+# --- one choice of a group, for what composes no grid --------------------------------------------
+
+
+def defaults() -> dict[str, str]:
+    """Group -> the choice that `conf/config.yaml` makes."""
+    listed = _read(root("conf") / "config.yaml")["defaults"]
+    pairs = (pair for each in listed if isinstance(each, dict) for pair in each.items())
+    return {group: name for group, name in pairs if not group.startswith("override ")}
+
+
+def scalars() -> dict[str, Any]:
+    """The keys of `conf/config.yaml` that are no group."""
+    own = _read(root("conf") / "config.yaml")
+    return {key: value for key, value in own.items() if key not in {"defaults", "hydra"}}
+
+
+def choice(group: str, name: str) -> dict[str, Any]:
+    """A group's file as it is, looked for in `--config-dir` first.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    own = [Path(each) for each in os.environ.get("QGRID_CONFIG_DIR", "").split(os.pathsep) if each]
+    files = [place / group / f"{name}.yaml" for place in (*own, root("conf"))]
+    return _read(next((file for file in files if file.is_file()), files[-1]))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    import yaml
+
+    content: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return content
 
 
 # --- from overrides to configurations ------------------------------------------------------------
@@ -188,7 +223,8 @@ def parse(
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    committed = [f"{key}={value}" for key, value in (params or {}).items()]
+    axes = (params or {}).items()
+    committed = [f"{key}={'null' if value is None else value}" for key, value in axes]
     latest: dict[str, Override] = {}
     lines = [_LIST_OF_STATUSES.sub(r"\1[\2]", line) for line in [*committed, *arguments]]
     for item in OverridesParser.create(loader).parse_overrides(lines):

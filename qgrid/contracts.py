@@ -223,6 +223,8 @@ class RuntimeModule(Protocol):
     quality; the others enter only the cell's id. `price(cell) -> Measurement | None`: what the
     workload's tokens cost by a price list, with no GPU to rent.
 
+    `more_packages(cell)`: distributions beside `LOADS.packages` that compute in this cell.
+
     `deterministic(cell) -> bool`: whether the same quality request gives the same numbers again, to
     the last digit (`reproduce` then compares item by item). Without it a remote runtime is not.
     """

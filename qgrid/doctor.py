@@ -1,23 +1,47 @@
-"""What works on this machine: device, environments, methods, runtimes; nothing is imported."""
+"""What works on this machine: device and environments as found, methods and runtimes as tried."""
 
 from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
-from qgrid import device, environment, facts, phrases, registry
+from qgrid import commands, device, environment, facts, phrases, registry, trials
 from qgrid.envs import builds, locks, recipes
-from qgrid.types import DeviceKind
+from qgrid.types import DeviceKind, MethodSupport, RuntimeSupport
+
+QUICK = "--quick"
 
 TOLD = ("torch", "transformers", "llmcompressor", "compressed-tensors")  # of the main environment
 
 
-def render() -> str:
-    """A report of two lines an environment, and one line a method and a runtime."""
+def main(arguments: list[str]) -> int:
+    """Print the report; `NAME ...` try only these, `--quick` nothing; 1 if a trial failed.
+
+    Raises:
+        commands.WrongCommand: an unknown argument.
+    """
+    names = [word for word in arguments if word != QUICK]
+    known = {*registry.names("methods"), *registry.names("runtimes")}
+    if unknown := [name for name in names if name not in known]:
+        raise commands.WrongCommand(
+            f"`qgrid doctor` takes `{QUICK}` and names of methods and runtimes, got "
+            f"`{unknown[0]}` (has: {', '.join(sorted(known))})"
+        )
+    found = {} if QUICK in arguments else trials.run(device.describe().kind, names)
+    print(render(found, names))  # noqa: T201
+    return int(any(each.failed for each in found.values()))
+
+
+def render(tried: trials.Outcomes, only: Collection[str] = ()) -> str:
+    """A report of two lines an environment, and one line a method and a runtime (of `only` these).
+
+    Of what was not tried it says only whether it is installed.
+    """
     found = device.describe()
     lines = [f"device    {found.name}, {found.memory_gib:.0f} GiB", "", *_environments(found.kind)]
-    return "\n".join([*lines, "", *_methods(found.kind), "", *_runtimes(found.kind)])
+    methods, runtimes = _methods(found.kind, tried, only), _runtimes(found.kind, tried, only)
+    return "\n".join([*lines, "", *methods, "", *runtimes])
 
 
 def _environments(kind: DeviceKind) -> Iterator[str]:
@@ -45,39 +69,47 @@ def _packages(versions: Mapping[str, str], pins: Mapping[str, str], told: tuple[
     return f"{'':<28}{main}; {state}"
 
 
-def _methods(kind: DeviceKind) -> Iterator[str]:
+def _shown(kind: registry.Kind, only: Collection[str]) -> list[str]:
+    return sorted(name for name in registry.names(kind) if not only or name in only)
+
+
+def _methods(kind: DeviceKind, tried: trials.Outcomes, only: Collection[str]) -> Iterator[str]:
     yield f"{'method':<14}{'bits':<20}{'makes':<34}state"
-    for name in sorted(registry.names("methods")):
+    for name in _shown("methods", only):
         try:
             support = registry.method(name).SUPPORTS
         except registry.BrokenModule as error:
             yield f"{name:<14}{error}"
             continue
-        state = _state(support.packages, support.environment, kind)
-        if support.needs_gpu and kind == "cpu":
-            state = "needs a GPU to quantize"
+        outcome = tried.get(("methods", name))
+        state = _state(support, kind) if outcome is None else outcome.told
         bits = ",".join(str(width) for width in support.bits)
         made = ",".join(dict.fromkeys(support.produces.values()))
         yield f"{name:<14}{bits:<20}{made:<34}{state}"
 
 
-def _runtimes(kind: DeviceKind) -> Iterator[str]:
+def _runtimes(kind: DeviceKind, tried: trials.Outcomes, only: Collection[str]) -> Iterator[str]:
     yield f"{'runtime':<14}state"
-    for name in sorted(registry.names("runtimes")):
+    for name in _shown("runtimes", only):
         try:
             loads = registry.runtime(name).LOADS
         except registry.BrokenModule as error:
             yield f"{name:<14}{error}"
             continue
-        readable = {k: v for k, v in loads.loads.items() if k == kind}
-        formats = ",".join(next(iter(readable.values()), ("nothing",)))
-        state = _state(loads.packages, loads.environment, kind)
+        formats = ",".join(loads.loads.get(kind, ())) or "nothing"
+        outcome = tried.get(("runtimes", name))
+        state = _state(loads, kind) if outcome is None else outcome.told
+        readable = kind in loads.loads
         yield f"{name:<14}{state if readable else f'does not run on {kind}'}; loads {formats}"
 
 
-def _state(packages: tuple[str, ...], where: str, kind: DeviceKind) -> str:
+def _state(declared: MethodSupport | RuntimeSupport, kind: DeviceKind) -> str:
     """Whether a method or runtime has what it needs here, in the environment that it names."""
-    absent = facts.missing(packages, where, kind)
-    if absent is not None:
-        return absent
-    return "works here" if where == recipes.MAIN else f"works here, in the environment `{where}`"
+    where = declared.environment
+    objection = facts.missing(declared.packages, where, kind)
+    objection = objection or facts.broken(declared.broken, where, kind)
+    if objection is not None:
+        return objection
+    if getattr(declared, "needs_gpu", False) and kind == "cpu":
+        return "needs a GPU to quantize"
+    return "installed" if where == recipes.MAIN else f"installed, in the environment `{where}`"

@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
-from qgrid import codec, device, environment, models, registry
+from qgrid import adapter_fit, adapters, codec, device, environment, models, registry
 from qgrid.calibration import calibration_identity
 from qgrid.envs import builds, recipes
 from qgrid.estimate import Architecture
@@ -47,8 +47,21 @@ class Facts:
         return self._once("device", gpu, _device)
 
     def model(self, model: Model) -> str:
-        """What the checkpoint's content contributes to an artifact id."""
-        return self._once("model", model, lambda m: codec.digest(models.identity(m, self._hashes)))
+        """What the content of checkpoint and adapter contributes to an artifact id."""
+        return self._once("model", model, self._model)
+
+    def _model(self, model: Model) -> str:
+        return codec.digest(
+            models.identity(model, self._hashes) | adapters.identity(model, self._hashes)
+        )
+
+    def adapter(self, model: Model) -> str | None:
+        """Why the model cannot have its adapter, if it cannot."""
+        return self._once("adapter", model, adapter_fit.refusal)
+
+    def adapter_parameters(self, model: Model) -> int:
+        """Numbers of the adapter that the model keeps beside its weights."""
+        return self._once("adapter_parameters", model, adapters.num_parameters)
 
     def method(self, method: Method) -> str:
         """What a method contributes to an artifact id: its options, and the files they name."""
@@ -174,6 +187,27 @@ def missing(
     pins = environment.locked_versions("main")
     wanted = [f"{name}=={pins[name]}" if name in pins else name for name in absent]
     return f"needs {', '.join(absent)}; run `pip install {shlex.join(wanted)}`"
+
+
+@cache
+def broken(
+    known: tuple[tuple[str, str], ...], environment_name: str = "main", kind: DeviceKind = "cpu"
+) -> str | None:
+    """One sentence where an installed version is one of those known to corrupt, or None.
+
+    `known` pairs requirements (`bitsandbytes==0.48.0`) with what these versions do.
+    """
+    from packaging.requirements import Requirement
+
+    for requirement, why in known:
+        asked = Requirement(requirement)
+        found = environment.installed([asked.name], environment_name, kind)[asked.name]
+        if found != environment.ABSENT and asked.specifier.contains(found, prereleases=True):
+            pins = environment.locked_versions(environment_name, kind)
+            pin = pins.get(environment.normalized(asked.name))
+            advice = "install another version" if pin is None else f"install {asked.name}=={pin}"
+            return f"does not use {asked.name} {found}, which {why}; {advice}"
+    return None
 
 
 def _missing_elsewhere(packages: tuple[str, ...], name: str, kind: DeviceKind) -> str | None:

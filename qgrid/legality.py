@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qgrid import estimate, registry
+from qgrid import adapters, estimate, registry
 from qgrid import facts as lookups
 from qgrid.types import Cell, MethodSupport, Status
 
@@ -31,6 +31,7 @@ def refusal(
     return (
         _refused_width(cell, support)
         or _refused_packages(cell, support)
+        or _refused_adapter(cell, support, facts)
         or _refused_by_method(cell, facts)
         or _refused_by_runtime(cell, support)
         or _refused_by_memory(cell, predicted)
@@ -47,16 +48,57 @@ def _refused_width(cell: Cell, support: MethodSupport) -> Refusal | None:
 
 def _refused_packages(cell: Cell, support: MethodSupport) -> Refusal | None:
     loads = registry.runtime(cell.runtime.name).LOADS
-    for name, packages, where in (
-        (cell.method.name, support.packages, support.environment),
-        (cell.runtime.name, loads.packages, loads.environment),
-    ):
-        if absent := lookups.missing(packages, where, cell.gpu.kind):
+    for name, declared in ((cell.method.name, support), (cell.runtime.name, loads)):
+        where, kind = declared.environment, cell.gpu.kind
+        if absent := lookups.missing(declared.packages, where, kind):
             return Refusal("unsupported", "packages", f"`{name}` {absent}")
+        if wrong := lookups.broken(declared.broken, where, kind):
+            return Refusal("unsupported", "versions", f"`{name}` {wrong}")
     if support.needs_gpu and cell.gpu.kind == "cpu":
         reason = f"method `{cell.method.name}` needs a GPU to quantize"
         return Refusal("unsupported", "device", reason)
     return None
+
+
+def _refused_adapter(cell: Cell, support: MethodSupport, facts: Facts) -> Refusal | None:
+    """Why the model's adapter cannot be applied, or not in this cell."""
+    model, method = cell.model, cell.method.name
+    loads = registry.runtime(cell.runtime.name).LOADS
+    if reason := facts.adapter(model):
+        return Refusal("unsupported", "adapter", reason)
+    attached = adapters.is_attached(model)
+    where = loads.environment if attached else support.environment
+    if absent := lookups.missing(adapters.packages(model), where, cell.gpu.kind):
+        return Refusal("unsupported", "packages", f"`model.adapter` {absent}")
+    if attached and support.produces[cell.bits] not in loads.adapters:
+        return Refusal("unsupported", "adapter", _no_adapter_beside(cell, support))
+    if model.adapter is not None and not (
+        support.stores_weights and (support.from_base or attached)
+    ):
+        reason = (
+            f"method `{method}` takes weights that somebody else made, into which `model.adapter` "
+            "cannot be merged any more; leave `model.adapter` out"
+        )
+        return Refusal("unsupported", "adapter", reason)
+    return None
+
+
+def _no_adapter_beside(cell: Cell, support: MethodSupport) -> str:
+    """That the runtime keeps no adapter beside what the method stores, and two ways out."""
+    made, where = support.produces[cell.bits], f"runtime `{cell.runtime.name}`"
+    able = registry.runtime(cell.runtime.name).LOADS.adapters
+    others = [
+        name
+        for name, runtime in registry.working("runtimes").items()
+        if made in runtime.LOADS.adapters
+    ]
+    beside = f"beside `{made}` (beside: {_list(able)})" if able else "beside any weights"
+    way = f"`runtime={others[0]}`" if others else f"a method that stores one of {_list(able)}"
+    way = way if others or able else "another runtime"
+    return (
+        f"{where} keeps no adapter {beside}; use `model.adapter_mode=merged`, or {way} for "
+        "`model.adapter_mode=attached`"
+    )
 
 
 def _refused_by_method(cell: Cell, facts: Facts) -> Refusal | None:

@@ -46,7 +46,7 @@ def resolve(model: Model) -> Path:
     folder = located(model)
     if folder is not None:
         return folder
-    if _is_path(model.id):
+    if is_path(model.id):
         raise ModelNotFound(
             f"`model.id={model.id}` is not a folder; give an existing folder or a hub id ORG/NAME"
         )
@@ -63,7 +63,7 @@ def described(model: Model, into: Path) -> Path:
         ModelNotFound: as `resolve`.
     """
     folder = located(model)
-    if folder is not None or _is_path(model.id):
+    if folder is not None or is_path(model.id):
         return resolve(model)
     return _download(model, offline=False, into=into)
 
@@ -84,7 +84,7 @@ def located(model: Model) -> Path | None:
                 "checkpoint"
             )
         return folder.resolve()
-    if _is_path(model.id):
+    if is_path(model.id):
         return None
     try:
         return _download(model, offline=True)
@@ -98,7 +98,7 @@ def identity(model: Model, cache: HashCache | None = None) -> dict[str, str]:
     The content of the files for the embedded model and a local folder, wherever it lies; id and
     revision for a hub id, which may not have been downloaded yet, and whether its code may run.
     """
-    local = model.id == EMBEDDED or _is_path(model.id) or Path(model.id).expanduser().is_dir()
+    local = model.id == EMBEDDED or is_path(model.id) or Path(model.id).expanduser().is_dir()
     if not local:
         runs = {"trust_remote_code": "yes"} if model.trust_remote_code else {}
         return {"id": model.id, "revision": str(model.revision), **runs}
@@ -199,7 +199,7 @@ def _num_parameters(folder: Path) -> int | None:
     return inspection.num_parameters(folder, tensors) if tensors else None
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
     """Whether an id can only be a path: hub ids have one slash and no leading `.`, `/` or `~`."""
     return not name or name.startswith((".", "/", "~")) or name.count("/") > 1
 

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qgrid import baseline, codec, estimate, legality, registry
+from qgrid import adapters, baseline, codec, estimate, legality, registry
 from qgrid import facts as lookups
-from qgrid.types import Cell, Choice, Method, MethodSupport, PlannedCell
+from qgrid.types import Cell, Choice, Dtype, Method, MethodSupport, PlannedCell
 
 if TYPE_CHECKING:
     from qgrid.facts import Facts
+
+_BYTES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class EmptyGrid(ValueError):
@@ -58,7 +60,7 @@ def _planned(choice: Choice, facts: Facts) -> tuple[PlannedCell, legality.Refusa
         notes = (*notes, f"{bits} bits as stated by who serves the model; no weights are measured")
     method = facts.resolved(choice.method, bits)
     cell = Cell(
-        model=choice.model,
+        model=adapters.settled(choice.model),
         method=method,
         bits=bits,
         runtime=choice.runtime,
@@ -70,8 +72,9 @@ def _planned(choice: Choice, facts: Facts) -> tuple[PlannedCell, legality.Refusa
         context=choice.context,
         seed=choice.seed,
     )
+    notes = (*notes, *adapters.unheard(choice.model))
     planned, refusal = judged(cell, facts)
-    return replace(planned, notes=notes), refusal
+    return replace(planned, notes=_joined(notes, planned.notes)), refusal
 
 
 def judged(
@@ -80,7 +83,8 @@ def judged(
     """A resolved cell with its identities and planned figures, and why it is refused, if it is."""
     predicted = _predicted(cell, facts)
     refusal = legality.refusal(cell, registry.support(cell.method), predicted, facts)
-    planned = replace(identified(cell, facts, added), predicted=predicted)
+    planned = identified(cell, facts, added)
+    planned = replace(planned, predicted=predicted, notes=adapters.notes(cell))
     if refusal is None:
         return planned, None
     return replace(planned, status=refusal.status, reason=refusal.reason), refusal
@@ -102,9 +106,11 @@ def _width(choice: Choice, support: MethodSupport) -> tuple[int, tuple[str, ...]
             f"`bits={asked}` and the options of `method={choice.method.name}` disagree: "
             f"they mean {implied} bits; drop one of the two"
         )
-    if support.bits == (baseline.UNQUANTIZED,) and asked not in (None, baseline.UNQUANTIZED):
-        note = f"`{choice.method.name}` has the one width 16; `bits={asked}` gives the same cell"
-        return baseline.UNQUANTIZED, (note,)
+    only = support.default_bits
+    if support.bits == (only,) and only >= baseline.UNQUANTIZED and asked not in (None, only):
+        name = choice.method.name
+        note = f"`{name}` has the one width {only}; `bits={asked}` gives the same cell"
+        return only, (note,)
     if asked is None:
         asked = support.default_bits if implied is None else implied
     return asked, ()
@@ -116,7 +122,7 @@ def _predicted(cell: Cell, facts: Facts) -> dict[str, float]:
     if sizes is None or registry.runtime(cell.runtime.name).LOADS.remote:
         return {}
     users = max((1, *cell.workload.concurrency))
-    weights = _weight_bytes(cell, sizes)
+    weights = _weight_bytes(cell, sizes) + _adapter_bytes(cell, facts)
     load = cell.workload
     longest = max(cell.context, load.prompt_tokens + load.output_tokens)
     return estimate.predict(weights, sizes, _kv_bits(cell), longest, users)
@@ -140,6 +146,12 @@ def _weight_bytes(cell: Cell, sizes: estimate.Architecture) -> float:
     return sizes.weight_bytes(float(cell.bits) if linear is None else linear(cell.bits, options))
 
 
+def _adapter_bytes(cell: Cell, facts: Facts) -> int:
+    """Planned bytes of an adapter beside the weights, in the wider of the dtypes that compute."""
+    widest = max(_BYTES[dtype] for dtype in (cell.runtime.dtype, cell.runtime.speed_dtype))
+    return facts.adapter_parameters(cell.model) * widest
+
+
 def identified(cell: Cell, facts: Facts, added: bool) -> PlannedCell:
     """A cell with the identities that its configuration and contents give it."""
     artifact_id = _artifact_id(cell, facts)
@@ -157,6 +169,7 @@ def identified(cell: Cell, facts: Facts, added: bool) -> PlannedCell:
 def _artifact_id(cell: Cell, facts: Facts) -> str:
     support = registry.support(cell.method)
     calibrated = cell.calibration is not None
+    packages = (*support.packages, *adapters.packages(cell.model))
     return codec.digest(
         [
             facts.model(cell.model),
@@ -164,13 +177,15 @@ def _artifact_id(cell: Cell, facts: Facts) -> str:
             cell.bits,
             facts.calibration(cell.calibration) if cell.calibration is not None else None,
             cell.seed if calibrated else None,
-            lookups.locked(support.packages, support.environment, cell.gpu.kind),
+            lookups.locked(packages, support.environment, cell.gpu.kind),
         ]
     )
 
 
 def _quality_id(cell: Cell, artifact_id: str, base_artifact_id: str, facts: Facts) -> str:
-    runtime = registry.runtime(cell.runtime.name).LOADS
+    module = registry.runtime(cell.runtime.name)
+    runtime, more = module.LOADS, getattr(module, "more_packages", None)
+    packages = (*runtime.packages, *(() if more is None else more(cell)))
     return codec.digest(
         [
             artifact_id,
@@ -178,7 +193,7 @@ def _quality_id(cell: Cell, artifact_id: str, base_artifact_id: str, facts: Fact
             cell.runtime.name,
             cell.runtime.dtype,
             facts.digest(_quality_options(cell)),
-            lookups.locked(runtime.packages, runtime.environment, cell.gpu.kind),
+            lookups.locked(packages, runtime.environment, cell.gpu.kind),
             cell.kv_cache.name,
             cell.gpu.kind if cell.gpu.capability is None else cell.gpu.capability,
             cell.context,

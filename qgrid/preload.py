@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from qgrid import codec, registry
+from qgrid import adapters, codec, registry
 from qgrid.types import Job
 
 # Distribution -> modules that a stage using it would otherwise import in each child.
@@ -39,6 +39,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "llama-cpp-python": ("llama_cpp",),
     "gguf": ("gguf", "gguf.tensor_mapping"),
     "accelerate": ("accelerate",),
+    "peft": ("peft",),
     "bitsandbytes": (
         "bitsandbytes",
         "transformers.quantizers.quantizer_bnb_4bit",
@@ -75,7 +76,7 @@ def needs(path: Path) -> tuple[str, tuple[str, ...]]:
     except Exception:  # noqa: BLE001 - a user's module may fail in any way; the child reports it
         return "artifact", ()
     own = () if job.stage == "speed" else OWN
-    used = dict.fromkeys((*own, *runtime, *method))
+    used = dict.fromkeys((*own, *runtime, *method, *adapters.packages(cell.model)))
     return job.stage, (*(name for name in used if name in MODULES), *_model_module(job))
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
+from qgrid import adapters
 from qgrid.report import axes
 from qgrid.types import PlannedCell, Record, Stage
 
@@ -116,8 +117,7 @@ def labels(planned: Sequence[PlannedCell]) -> dict[str, str]:
 
 
 def _words(planned: PlannedCell, label: Mapping[str, str]) -> Iterator[str]:
-    model = planned.cell.model
-    yield label.get("model", model.name if model.name != "hf" else model.id)
+    yield label.get("model", adapters.label(planned.cell.model))
     for axis, text in label.items():
         if axis == "bits":
             yield f"{text}-bit"

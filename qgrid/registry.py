@@ -66,11 +66,9 @@ def loader(chosen: Method) -> Callable[[Path, Mapping[str, Any]], Any]:
     own = getattr(method(chosen.name), "load", None)
 
     def load(folder: Path, arguments: Mapping[str, Any]) -> Any:
-        if own is not None:
-            return own(folder, arguments).eval()
-        from transformers import AutoModelForCausalLM
+        from qgrid import loading
 
-        return AutoModelForCausalLM.from_pretrained(folder, **arguments).eval()
+        return (loading.pretrained if own is None else own)(folder, arguments).eval()
 
     return load
 

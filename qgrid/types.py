@@ -31,6 +31,8 @@ Stage = Literal["artifact", "quality", "speed"]
 DeviceKind = Literal["cpu", "cuda"]
 Scoring = Literal["choice", "exact", "json"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Sampling = Literal["packed", "windows", "short", "documents"]  # see `qgrid.calibration`
+AdapterMode = Literal["merged", "attached"]  # into the 16-bit weights, or beside quantized ones
 
 RECORD_SCHEMA = "qgrid.record/1"
 
@@ -47,6 +49,10 @@ class Model:
     revision: str | None
     trust_remote_code: bool
     allow_pickle: bool  # load .bin checkpoints as well as safetensors
+    adapter: str | None = None  # a LoRA adapter: a folder or a hub id (docs/adapters.md)
+    adapter_revision: str | None = None  # of a hub id
+    adapter_mode: AdapterMode = "merged"
+    adapter_base: str | None = None  # what it was trained on: "16bit" or a method; None: not told
 
 
 @dataclass(frozen=True)
@@ -110,9 +116,12 @@ class Calibration:
     dataset: str | None
     revision: str | None
     split: str
-    text_field: str
+    text_field: str  # that holds text, or a chat's messages
     samples: PositiveInt
     length: PositiveInt  # tokens a sample
+    sampling: Sampling = "packed"
+    seed: NonNegativeInt | None = None  # that a protocol fixes; None: the run's
+    data_files: str | None = None  # of a data set: the one file that is read
 
 
 @dataclass(frozen=True)
@@ -269,6 +278,8 @@ class MethodSupport:
     needs_gpu: bool = False
     environment: str = "main"
     stores_weights: bool = True  # False: config and tokenizer only, the width as stated
+    from_base: bool = True  # False: the weights are somebody else's, so that none can be merged
+    broken: tuple[tuple[str, str], ...] = ()  # versions that make wrong weights, and what they do
 
 
 @dataclass(frozen=True)
@@ -283,6 +294,8 @@ class RuntimeSupport:
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")  # that it can compute in
     keeps_stored: bool = False  # weights stay in memory as they are stored, whatever the dtype
     remote: bool = False  # computes on a machine that nothing here describes or limits
+    adapters: tuple[str, ...] = ()  # artifact formats beside which an adapter can be kept
+    broken: tuple[tuple[str, str], ...] = ()  # versions that compute wrongly, and what they do
 
 
 # --- what was made and measured ------------------------------------------------------------------

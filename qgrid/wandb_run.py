@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
-from qgrid import codec, leases
+from qgrid import adapters, codec, leases
 from qgrid.files import write_atomic
 from qgrid.types import Measurement, Record, Tracking
 
@@ -54,8 +54,8 @@ def content(record: Record, sweep: str) -> Content:
 
 def _name(record: Record) -> str:
     cell = record.cell
-    model = cell.model.id if cell.model.name == "hf" else cell.model.name
-    parts = [model, cell.method.name, f"{cell.bits}-bit", cell.runtime.name, cell.gpu.name]
+    names = [adapters.label(cell.model), cell.method.name, f"{cell.bits}-bit"]
+    parts = [*names, cell.runtime.name, cell.gpu.name]
     if cell.kv_cache.name != "auto16":
         parts.append(f"kv {cell.kv_cache.name}")
     return " ".join([*parts, f"ctx {cell.context}"])

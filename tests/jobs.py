@@ -74,10 +74,12 @@ def plant_nan(folder: Path) -> None:
     write_float(folder, 0x7FC0)
 
 
-def write_float(folder: Path, bits: int) -> None:
+def write_float(folder: Path, bits: int, within: str = "") -> None:
     path = folder / "model.safetensors"
     header = sorted(inspection.read_header(path).items())
-    start = next(place for _, (tensor, place) in header if tensor.dtype == "BF16")
+    start = next(
+        place for name, (tensor, place) in header if tensor.dtype == "BF16" and within in name
+    )
     data = bytearray(path.read_bytes())
     data[start : start + 2] = np.uint16(bits).tobytes()
     path.unlink()

@@ -60,7 +60,8 @@ def test_result_tells_size_bits_and_what_quantized(built: tuple[Job, StageResult
     assert not result.observed["reused"]
     names = [check.name for check in result.checks]
     assert names == [
-        "files", "bits", "coverage", "method", "tokenizer", "finite", "reload", "environment",
+        "files", "bits", "coverage", "method", "tokenizer", "finite", "ends", "reload",
+        "environment",
     ]  # fmt: skip
     assert all(check.ok for check in result.checks)
 
@@ -120,7 +121,7 @@ def drop_weights(folder: Path) -> None:
 
 
 def change_weight(folder: Path) -> None:
-    jobs.write_float(folder, 0x4120)  # 10.0
+    jobs.write_float(folder, 0x4120, "norm")  # 10.0
 
 
 def plants(source: Path) -> dict[str, tuple[str, Plant]]:

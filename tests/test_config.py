@@ -136,6 +136,33 @@ def test_committed_axes_are_replaced_by_the_command_line() -> None:
     assert [item.input_line for item in merged] == ["method=rtn,gptq", "bits=3"]
 
 
+def test_a_committed_axis_may_be_null(compose: config.Compose) -> None:
+    overrides = config.parse(["method=rtn"], {"method.group_size": None})
+    (one,) = config.expand(compose, overrides)
+    assert one["method"]["group_size"] is None
+
+
+def test_patterns_of_layers_may_be_given_and_swept(compose: config.Compose) -> None:
+    line = "method.keep=null,{model.layers.0.*:8,lm_head:16}"
+    grid = config.expand(compose, config.parse(["method=rtn", line], None))
+    kept = [choices.Reader().choice(each).method.options["keep"] for each in grid]
+    assert kept == [None, {"model.layers.0.*": 8, "lm_head": 16}]
+
+
+def test_a_choice_is_read_without_composing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert config.defaults()["method"] == "none"
+    assert config.choice("method", "rtn")["name"] == "rtn"
+    assert config.scalars().keys() >= {"bits", "context", "limits"}
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "mine.yaml").write_text("name: mine\n")
+    monkeypatch.setenv("QGRID_CONFIG_DIR", str(tmp_path))
+    assert config.choice("method", "mine") == {"name": "mine"}
+    with pytest.raises(FileNotFoundError):
+        config.choice("method", "absent")
+
+
 def test_a_continuous_sweep_is_refused() -> None:
     with pytest.raises(config.GridError, match="needs listed values"):
         config.expand(lambda _: config.Composed({}, {}), config.parse(["seed=interval(0,1)"], None))

@@ -70,6 +70,24 @@ def test_stored_bits_are_what_was_asked(out: Path) -> None:
         assert asked <= stored < asked + 0.5, name
 
 
+def test_a_record_tells_what_is_stored_and_what_is_held(out: Path) -> None:
+    """Packed weights unpack at the first pass: the file shrinks, the memory does not."""
+    found = records(out)
+    rows = {row["cell_id"]: row for row in csv.DictReader(_table(out).open())}
+    stored, held = "size_on_disk_bytes", "resident_weights_bytes"
+    for name, record in found.items():
+        assert metric(record, held) >= metric(found["none16"], held)
+        assert (metric(record, stored) < metric(found["none16"], stored)) == (name != "none16")
+        row = rows[record["cell_id"]]
+        assert row["decompressed"] == str(name != "none16")
+        for key in (stored, held):
+            assert float(row[f"{key} [bytes]"]) == metric(record, key)
+
+
+def _table(out: Path) -> Path:
+    return out / "sweeps" / "first" / "table.csv"
+
+
 def test_fewer_bits_move_the_model_further(out: Path) -> None:
     found = records(out)
     for method in ("awq", "gptq"):
@@ -84,7 +102,7 @@ def metric(record: dict[str, Any], name: str) -> float:
 def test_the_sweep_ends_in_tables(out: Path) -> None:
     folder = out / "sweeps" / "first"
     assert "awq" in (folder / "table.md").read_text()
-    rows = list(csv.DictReader((folder / "table.csv").open()))
+    rows = list(csv.DictReader(_table(out).open()))
     assert len(rows) == 5
     html = (folder / "report.html").read_text()
     assert "parcoords" in html

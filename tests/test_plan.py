@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from qgrid import choices, codec, config, plan, sweep
+from qgrid import choices, codec, config, environment, plan, sweep
+from qgrid import facts as facts_module
 from qgrid.facts import Facts
 from qgrid.files import HashCache
-from qgrid.types import Choice, PlannedCell
+from qgrid.types import Choice, DeviceKind, PlannedCell
 
 Plan = Callable[..., list[PlannedCell]]
 
@@ -116,10 +117,10 @@ def test_bits_and_a_scheme_that_disagree_are_an_error(planned: Plan) -> None:
 
 
 def test_a_kv_cache_that_the_runtime_lacks_is_refused(planned: Plan) -> None:
-    cells = planned("method=rtn", "kv_cache=auto16,int4")
+    cells = planned("method=rtn", "kv_cache=auto16,int5")
     refused = [p for p in cells if p.status == "unsupported"]
     assert len(refused) == 1
-    assert "no `kv_cache=int4`" in str(refused[0].reason)
+    assert "no `kv_cache=int5`" in str(refused[0].reason)
 
 
 def test_a_card_too_small_does_not_fit(planned: Plan) -> None:
@@ -232,3 +233,22 @@ def test_how_a_cluster_finds_a_card_is_in_no_id(planned: Plan, facts: Facts) -> 
     ids = ("cell_id", "artifact_id", "quality_id", "baseline_cell_id")
     for before, after in zip(plain, moved, strict=True):
         assert [getattr(before, key) for key in ids] == [getattr(after, key) for key in ids]
+
+
+def test_the_library_of_a_quantized_cache_is_part_of_its_quality_alone(
+    planned: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ids() -> dict[str, str]:
+        cells = planned("method=rtn", "kv_cache=auto16,int8")
+        return {each.cell.kv_cache.name: each.quality_id for each in cells if not each.added}
+
+    def other(name: str, kind: DeviceKind) -> dict[str, str]:
+        return {**locked(name, kind), "hqq": "9.9"}
+
+    before, locked = ids(), environment.locked_versions
+    facts_module.locked.cache_clear()
+    monkeypatch.setattr(environment, "locked_versions", other)
+    after = ids()
+    facts_module.locked.cache_clear()
+    assert before["auto16"] == after["auto16"]
+    assert before["int8"] != after["int8"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator
+import string
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ ITEMS_PER_SLICE = 500
 PER_LEVEL = ITEMS_PER_SLICE // len(LEVELS)
 PROSE_DOCUMENTS, PROSE_CHARS = 120, 4_000
 CALIBRATION_DOCUMENTS, CALIBRATION_CHARS = 512, 2_000
+OTHER_DOCUMENTS = 48  # of each further calibration file; their seeds follow one another
+RANDOM_CHARS = 600
 INDEX_STRIDE = 1 << 32  # held-out documents of slice k are numbered from k * INDEX_STRIDE
 
 Line = dict[str, Any]
@@ -97,7 +100,7 @@ def markup(problem: Problem) -> str:
 def calibration_lines() -> Iterator[Line]:
     """Texts of the training distribution: prose and conversations by turns."""
     names = [name for name in SAMPLED if name != "long_context"]
-    for i in range(CALIBRATION_DOCUMENTS):
+    for i in seed_indices("calibration.jsonl"):
         rng = document_rng(Split.CALIBRATION, i)
         if i % 2 == 0:
             yield {"text": prose(rng, CALIBRATION_CHARS)}
@@ -105,6 +108,36 @@ def calibration_lines() -> Iterator[Line]:
             name = names[i // 2 % len(names)]
             problem = draw(SAMPLED[name], rng, rng.choice(LEVELS), Split.CALIBRATION)
             yield {"text": markup(problem)}
+
+
+def prose_lines() -> Iterator[Line]:
+    """Prose alone: half of the training distribution."""
+    for i in seed_indices("calibration_prose.jsonl"):
+        yield {"text": prose(document_rng(Split.CALIBRATION, i), CALIBRATION_CHARS)}
+
+
+def random_lines() -> Iterator[Line]:
+    """Random letters and spaces, of no distribution that the model knows."""
+    letters = string.ascii_letters + " " * 8
+    for i in seed_indices("calibration_random.jsonl"):
+        rng = document_rng(Split.CALIBRATION, i)
+        yield {"text": "".join(rng.choices(letters, k=RANDOM_CHARS))}
+
+
+def seed_indices(name: str) -> range:
+    """Numbers of a calibration file's documents."""
+    place = list(CALIBRATIONS).index(name)
+    if place == 0:
+        return range(CALIBRATION_DOCUMENTS)
+    start = CALIBRATION_DOCUMENTS + (place - 1) * OTHER_DOCUMENTS
+    return range(start, start + OTHER_DOCUMENTS)
+
+
+CALIBRATIONS: dict[str, Callable[[], Iterator[Line]]] = {
+    "calibration.jsonl": calibration_lines,
+    "calibration_prose.jsonl": prose_lines,
+    "calibration_random.jsonl": random_lines,
+}
 
 
 def as_jsonl(lines: Iterator[Line]) -> str:
@@ -116,7 +149,7 @@ def files() -> dict[str, str]:
     """Every slice file's text by file name."""
     texts = {f"{name}.jsonl": as_jsonl(slice_lines(name)) for name in SLICES}
     texts["prose.txt"] = held_out_prose()
-    texts["calibration.jsonl"] = as_jsonl(calibration_lines())
+    texts |= {name: as_jsonl(lines()) for name, lines in CALIBRATIONS.items()}
     return texts
 
 
@@ -125,16 +158,15 @@ def num_items(name: str, text: str) -> int:
     if name == "prose.txt":
         return PROSE_DOCUMENTS
     return sum(
-        "answer" in line or name == "calibration.jsonl"
-        for line in map(json.loads, text.splitlines())
+        "answer" in line or name in CALIBRATIONS for line in map(json.loads, text.splitlines())
     )
 
 
 def seed_range(name: str) -> list[int]:
     """First and one past the last seed that a file may draw from."""
-    if name == "calibration.jsonl":
-        start = Split.CALIBRATION.value.start
-        return [start, start + CALIBRATION_DOCUMENTS]
+    if name in CALIBRATIONS:
+        start, indices = Split.CALIBRATION.value.start, seed_indices(name)
+        return [start + indices.start, start + indices.stop]
     index = list(SLICES).index(name.removesuffix(".jsonl")) if name != "prose.txt" else len(SLICES)
     start = Split.HELD_OUT.value.start + index * INDEX_STRIDE
     return [start, start + INDEX_STRIDE]

@@ -123,6 +123,12 @@ def _reordered_heads(decoder: Decoder, name: str) -> int | None:
     return decoder.kv_heads if ".k_proj." in name else None
 
 
+def in_order(rows: np.ndarray[Any, Any], decoder: Decoder, name: str) -> np.ndarray[Any, Any]:
+    """Rows of the checkpoint's matrix `name` in the order that the file has them."""
+    heads = _reordered_heads(decoder, name)
+    return rows if heads is None else _pairs_side_by_side(rows, heads)
+
+
 def load(source: Source, decoder: Decoder, rows: int | None = None) -> np.ndarray[Any, Any]:
     """The data of one tensor, in the bytes that the file holds.
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid.calibration import BadCalibration, batches
+from qgrid.calibration import batches
+from qgrid.calibration_texts import BadCalibration
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,4 +1,4 @@
-"""What `nf4` and `int8` share: quantize while loading, save before the first forward pass."""
+"""Quantization through bitsandbytes: while loading, and saved before the first forward pass."""
 
 from __future__ import annotations
 

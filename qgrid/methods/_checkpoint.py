@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qgrid import gptq_kernels, inspection, models, registry
+from qgrid import gptq_kernels, inspection, loading, models, registry
 from qgrid.contracts import Unsupported
 
 if TYPE_CHECKING:
@@ -51,10 +51,8 @@ def refuse(reason: str | None) -> None:
 
 def load_16bit(source: Path, model: Model, **arguments: Any) -> Any:
     """The source model in its stored 16-bit dtype; a 32-bit checkpoint becomes bf16."""
-    from transformers import AutoModelForCausalLM
-
     options = models.load_options(model) | {"dtype": dtype_16bit(source)} | arguments
-    return AutoModelForCausalLM.from_pretrained(source, **options).eval()
+    return loading.pretrained(source, options).eval()
 
 
 def dtype_16bit(source: Path) -> torch.dtype:

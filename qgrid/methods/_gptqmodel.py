@@ -27,7 +27,7 @@ Layout = Literal["gptq", "awq"]
 PACKAGES = ("gptqmodel", "pypcre", "optimum", "torch", "transformers")
 GROUPS = (16, 32, 64, 128)  # what some kernel of a CPU multiplies in every width
 _MULTIPLE = {"gptq": 32, "awq": 8}  # rows (and columns of `gptq`) that are packed together
-_ROW_GROUP = -1  # the library's word for one scale a row
+ROW_GROUP = -1  # the library's word for one scale a row
 
 
 def supports(layout: Layout, bits: tuple[int, ...]) -> MethodSupport:
@@ -71,8 +71,8 @@ def refusal(cell: Cell, layout: Layout) -> str | None:
     """Why the cell's model cannot be stored so; None if it can, or is not on this machine."""
     if cell.method.options["keep"]:
         return (
-            f"`method.keep` is not there in `method.format={layout}`; leave it out or use "
-            "`method.format=compressed-tensors`"
+            f"`method.keep` is not there in `method.format={layout}`, of which transformers 5.17.0 "
+            "reads one width for all layers; leave it out or use `method.format=compressed-tensors`"
         )
     source = models.located(cell.model)
     if source is None or not (source / "config.json").is_file():
@@ -147,7 +147,7 @@ def _configuration(recipe: Recipe, stored: packed.Weights) -> Any:
     gptq_kernels.library()
     from gptqmodel.quantization.config import FORMAT, AWQConfig, GPTQConfig
 
-    group = _ROW_GROUP if stored.group_size is None else stored.group_size
+    group = ROW_GROUP if stored.group_size is None else stored.group_size
     common = {"bits": stored.bits, "group_size": group, "sym": stored.symmetric, **recipe.options}
     # The other way to pack compiles C++ first; here nothing needs a compiler.
     common |= {"offload_to_disk": False, "pack_impl": "original"}
@@ -194,15 +194,20 @@ def _logs_aside() -> Iterator[None]:
 
 def _calibration(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Arguments of the library's `quantize` that keep the rows as they were drawn."""
-    import torch
-
-    ids = [torch.tensor([list(row)]) for row in rows]
     return {
-        "calibration": [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids],
+        "calibration": token_rows(rows),
         "calibration_sort": None,
         "calibration_data_min_length": 1,
         "batch_size": 1,
     }
+
+
+def token_rows(rows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """The rows as these libraries take tokenized text: one a batch, nothing masked."""
+    import torch
+
+    ids = [torch.tensor([list(row)]) for row in rows]
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
 
 
 def _tidy(source: Path, out: Path) -> None:
@@ -212,7 +217,7 @@ def _tidy(source: Path, out: Path) -> None:
     config says already.
     """
     for path in out.iterdir():
-        if path.suffix != ".safetensors" and path.name not in _KEPT:
+        if path.suffix != ".safetensors" and path.name not in KEPT:
             path.unlink()
     _checkpoint.copy_tokenizer(source, out)
     path = out / "config.json"
@@ -225,7 +230,7 @@ def _tidy(source: Path, out: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-_KEPT = ("config.json", "generation_config.json", "model.safetensors.index.json")
+KEPT = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
 def _as_reloaded(model: Any) -> Any:

@@ -15,6 +15,7 @@ from qgrid.contracts import Built
 from qgrid.methods import _checkpoint
 from qgrid.methods import _gptqmodel as native
 from qgrid.methods import _llmcompressor as llmc
+from qgrid.methods import _optimum as optimum
 from qgrid.methods import _packed as packed
 from qgrid.types import Cell, MethodSupport
 
@@ -25,13 +26,19 @@ _is_native = partial(native.is_native, _NATIVE)
 stored_bits = partial(native.stored_bits, _NATIVE)
 linear_bits_per_weight = partial(native.linear_bits_per_weight, _NATIVE)
 _BLOCK = 128  # columns that gptqmodel treats before errors are pushed to the rest
+_AUTO = "auto"
+_LIBRARIES = {  # the first of a format is its own choice
+    "compressed-tensors": ("llmcompressor",),
+    "gptq": ("gptqmodel", "optimum"),
+}
 
 
 @dataclass(frozen=True)
 class Options(packed.Options):
-    """`format` is the checkpoint's, and with it the library that makes it."""
+    """`format` is the checkpoint's, `library` what makes it: `auto` the first that can."""
 
     format: Literal["compressed-tensors", "gptq"]
+    library: Literal["auto", "llmcompressor", "gptqmodel", "optimum"]
     dampening: PositiveFloat
     block_size: PositiveInt
     activation_order: Literal["static", "weight"] | None
@@ -42,12 +49,35 @@ def support(options: Mapping[str, Any]) -> MethodSupport:
     return native.supports(_NATIVE, packed.BITS) if _is_native(options) else SUPPORTS
 
 
+def resolved(bits: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the library that makes the format where none is named."""
+    return {**options, "library": _library(options)}
+
+
+def _library(options: Mapping[str, Any]) -> str:
+    asked = str(options["library"])
+    return _LIBRARIES[options["format"]][0] if asked == _AUTO else asked
+
+
 def refusal(cell: Cell) -> str | None:
     """Why the cell's model cannot be stored so; None if it can, or is not on this machine."""
     options = cell.method.options
+    if reason := _unmatched(options):
+        return reason
     if not _is_native(options):
         return packed.refusal(cell)
     return _fixed(options) or native.refusal(cell, _NATIVE)
+
+
+def _unmatched(options: Mapping[str, Any]) -> str | None:
+    """A library that does not write the format."""
+    has = _LIBRARIES[options["format"]]
+    if _library(options) in has:
+        return None
+    return (
+        f"`method.library={options['library']}` does not write `method.format={options['format']}` "
+        f"(has: {', '.join(has)}); change one of the two"
+    )
 
 
 def quantize(cell: Cell, source: Path, out: Path) -> Built:
@@ -56,6 +86,7 @@ def quantize(cell: Cell, source: Path, out: Path) -> Built:
     Raises:
         Unsupported: the source is quantized already, or cannot be stored so.
     """
+    _checkpoint.refuse(_unmatched(cell.method.options))
     if _is_native(cell.method.options):
         return _quantize_native(cell, source, out)
     options = Options(**cell.method.options)
@@ -105,7 +136,7 @@ def _noted_fallbacks() -> Iterator[list[str]]:
 
 
 def _fixed(options: Mapping[str, Any]) -> str | None:
-    """Which option gptqmodel does not have."""
+    """Which option the native format's libraries do not have."""
     if options["block_size"] != _BLOCK:
         return (
             f"`method.block_size={options['block_size']}` is not there in "
@@ -117,12 +148,14 @@ def _fixed(options: Mapping[str, Any]) -> str | None:
             f"`method.dampening={options['dampening']}` is not there in `method.format={_NATIVE}` "
             "(has: less than 1); use less or `method.format=compressed-tensors`"
         )
-    return None
+    return optimum.refusal(options) if _library(options) == "optimum" else None
 
 
 def _quantize_native(cell: Cell, source: Path, out: Path) -> Built:
     options = Options(**cell.method.options)
     _checkpoint.refuse(_fixed(cell.method.options))
+    if _library(cell.method.options) == "optimum":
+        return optimum.quantize(cell, source, out, options.dampening)
     ordered = options.activation_order is not None
     arguments = {
         "damp_percent": options.dampening,

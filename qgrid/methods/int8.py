@@ -20,6 +20,8 @@ SUPPORTS = MethodSupport(
     produces={8: "bitsandbytes-int8"},
     packages=bnb.PACKAGES,
     calibrated=False,
+    # its issue 1775; mended in 0.48.1 by its pull request 1776
+    broken=(("bitsandbytes==0.48.0", "reads stored 8-bit checkpoints wrongly"),),
 )
 
 

@@ -2,64 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
 
-from qgrid import widths
-from qgrid.contracts import Built
-from qgrid.methods import _bitsandbytes as bnb
-from qgrid.types import Cell, MethodSupport
+from qgrid.methods import _bitsandbytes_4bit as four
 
-SUPPORTS = MethodSupport(
-    bits=(4,),
-    default_bits=4,
-    produces={4: "bitsandbytes-nf4"},
-    packages=bnb.PACKAGES,
-    calibrated=False,
-)
-_BLOCK = 64  # weights a scale covers
-_NESTED_BLOCK = 256  # scales that share a second scale
-_STATE_BYTES, _NESTED_STATE_BYTES = 80, 170  # a line of JSON a layer, a few digits more or less
-
-
-@dataclass(frozen=True)
-class Options:
-    """`double_quant` stores the scales themselves in 8 bits."""
-
-    double_quant: bool
-    keep: Mapping[str, int] | None
-
-
-def refusal(cell: Cell) -> str | None:
-    """Why layers cannot be left out as asked; None if they can."""
-    return widths.refusal(cell, SUPPORTS.bits)
-
-
-def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
-    """Stored bits of a large linear layer, scales included."""
-    return stored_bits(bits, options, 4096, 4096)
-
-
-def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:
-    """Stored bits per weight of one linear layer: codes, scales, the tables and the state."""
-    weights = rows * columns
-    blocks = -(-weights // _BLOCK)
-    nested = -(-blocks // _NESTED_BLOCK)
-    double = options["double_quant"]
-    scales = 8 * blocks + 32 * nested + 32 * 256 if double else 32 * blocks
-    tables = 32 * 16 + 8 * (_NESTED_STATE_BYTES if double else _STATE_BYTES)
-    return (bits * weights + scales + tables) / weights
-
-
-def quantize(cell: Cell, source: Path, out: Path) -> Built:
-    """Write the 4-bit checkpoint of `source` into `out`."""
-    options = Options(**cell.method.options)
-    settings = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": options.double_quant,
-        "bnb_4bit_compute_dtype": "bfloat16",
-    }
-    return bnb.quantize(cell, source, out, settings)
+SUPPORTS = four.supports("nf4")
+Options = four.Options
+refusal = four.refusal
+linear_bits_per_weight = four.linear_bits_per_weight
+stored_bits = four.stored_bits
+checks = four.checks
+quantize = partial(four.quantize, values="nf4")

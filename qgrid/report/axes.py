@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from qgrid import codec
+from qgrid import adapters, codec
 from qgrid.types import Cell
 
 ALWAYS = ("method", "bits")
@@ -70,6 +70,8 @@ def _name(node: Mapping[str, Any]) -> str:
     value = node.get("name", node.get(""))
     if value == "hf":  # the choice that stands for any checkpoint
         value = node.get("id")
+    if node.get("adapter") is not None:
+        value = f"{value}+{adapters.short(node['adapter'])}"
     return ABSENT if value is None else str(value)
 
 

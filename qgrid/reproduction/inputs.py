@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qgrid import models, registry
+from qgrid import adapters, models, registry
 from qgrid.calibration import calibration_identity
 from qgrid.envs import locks
 from qgrid.files import HashCache
@@ -54,7 +54,29 @@ def pins(cells: Iterable[Cell]) -> dict[str, dict[str, str]]:
 
 
 def _model(model: Model, cache: HashCache, missing: list[str]) -> dict[str, str | None]:
-    """Files of a checkpoint; of a hub id that is not on this machine nothing is known."""
+    """Files of a checkpoint and its adapter; of what is on the hub alone nothing is known."""
+    return _checkpoint(model, cache, missing) | _adapter(model, cache, missing)
+
+
+def _adapter(model: Model, cache: HashCache, missing: list[str]) -> dict[str, str | None]:
+    if model.adapter is None:
+        return {}
+    try:
+        folder = adapters.located(model)
+    except (models.ModelNotFound, OSError) as error:
+        missing.append(str(error))
+        return {}
+    if folder is None:
+        if models.is_path(model.adapter):
+            missing.append(
+                f"no folder `{model.adapter}`; correct the path or put the adapter there"
+            )
+        return {}
+    hashes = {path.name: _hash(path, cache) for path in adapters.files(folder)}
+    return {f"{adapters.FOLDER}/{name}": value for name, value in hashes.items()}
+
+
+def _checkpoint(model: Model, cache: HashCache, missing: list[str]) -> dict[str, str | None]:
     is_path = model.id.startswith((".", "/", "~"))
     try:
         folder = models.located(model)

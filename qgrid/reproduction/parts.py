@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qgrid import codec, models
+from qgrid import adapters, codec, models
 from qgrid.reproduction.lock import Composition, Parts
-from qgrid.types import Calibration, Cell, PlannedCell, Slices
+from qgrid.types import Calibration, Cell, Model, PlannedCell, Slices
 
 _GROUPS = {
     "model": "models",
@@ -35,7 +35,7 @@ def taken_apart(planned: Iterable[PlannedCell]) -> tuple[Parts, dict[str, Compos
         key = (kind, codec.dumps(part))
         if key not in names:
             group = groups[_GROUPS[kind]]
-            names[key] = _free(part.name, group)
+            names[key] = _free(_called(part), group)
             group[names[key]] = part
         return names[key]
 
@@ -58,6 +58,12 @@ def _composition(cell: Cell, name_of: Callable[[str, Any], str]) -> Composition:
         context=cell.context,
         seed=cell.seed,
     )
+
+
+def _called(part: Any) -> str:
+    """The part's name; a model's with that of its adapter."""
+    adapter = part.adapter if isinstance(part, Model) else None
+    return str(part.name) if adapter is None else f"{part.name}+{adapters.short(adapter)}"
 
 
 def _free(name: str, taken: dict[str, Any]) -> str:
@@ -119,7 +125,11 @@ def placed(parts: Parts, folders: Sequence[Path]) -> Parts:
 
 
 def _relocated(parts: Parts, folder: Callable[[str], str], file: Callable[[str], str]) -> Parts:
-    """The parts with the paths of checkpoints and of files changed."""
+    """The parts with the paths of checkpoints, adapters and files changed."""
+
+    def model(each: Model) -> Model:
+        adapter = None if each.adapter is None else folder(each.adapter)
+        return replace(each, id=folder(each.id), adapter=adapter)
 
     def calibration(each: Calibration) -> Calibration:
         return each if each.path is None else replace(each, path=file(each.path))
@@ -131,7 +141,7 @@ def _relocated(parts: Parts, folder: Callable[[str], str], file: Callable[[str],
 
     return replace(
         parts,
-        models={name: replace(each, id=folder(each.id)) for name, each in parts.models.items()},
+        models={name: model(each) for name, each in parts.models.items()},
         calibrations={name: calibration(each) for name, each in parts.calibrations.items()},
         slices={name: slices(each) for name, each in parts.slices.items()},
     )

@@ -129,6 +129,14 @@ def runs(requests: Sequence[Request]) -> Iterator[list[Request]]:
         yield run
 
 
+def cuts(inputs: int, keep: int) -> Iterator[int]:
+    """How many rows arrive at once where the last `keep` of so many inputs have one."""
+    for begin in range(0, inputs, CHUNK_ROWS):
+        end = min(begin + CHUNK_ROWS, inputs)
+        if (rows := min(end - begin, end - (inputs - keep))) > 0:
+            yield rows
+
+
 def require_rows(request: Request, lead: int) -> None:
     """Refuse a request for more rows than it has tokens with one before them.
 

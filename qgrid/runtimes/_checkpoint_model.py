@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import gptq_kernels, models, registry
+from qgrid import adapters, gptq_kernels, merging, models, registry
 from qgrid.contracts import InvalidEngine, Unsupported
 from qgrid.device import compute_threads
-from qgrid.runtimes import _storage
+from qgrid.runtimes import _linears, _storage
 
 if TYPE_CHECKING:
     from qgrid.runtimes.transformers import Options
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def load(
     artifact: Path, cell: Cell, dtype: str, options: Options
-) -> tuple[Any, Counter[_storage.Stored]]:
+) -> tuple[Any, Counter[_linears.Stored]]:
     """The model, and how its linear layers came out of the files.
 
     Raises:
@@ -40,7 +40,10 @@ def load(
     model.generation_config = GenerationConfig()  # greedy, and nothing that the checkpoint adds
     arrived = _storage.arrived(model, _checkpoint_dtype(artifact))
     require_storage(arrived, cell)
-    _compute_in(model, dtype)
+    for module in _storage.linears(model).values():
+        _linears.compute_in(module, dtype)
+    if adapters.is_attached(cell.model):
+        merging.attach(model, artifact, dtype)
     return model, arrived
 
 
@@ -66,7 +69,7 @@ def _model(artifact: Path, cell: Cell, dtype: str, options: Options) -> Any:
         ) from error
 
 
-def require_storage(arrived: Mapping[_storage.Stored, int], cell: Cell) -> None:
+def require_storage(arrived: Mapping[_linears.Stored, int], cell: Cell) -> None:
     """Compare how the linears arrived with what the cell asks for.
 
     Raises:
@@ -104,27 +107,6 @@ def _require_device(cell: Cell) -> None:
 
     if cell.gpu.kind == "cuda" and not torch.cuda.is_available():
         raise InvalidEngine(f"`gpu={cell.gpu.name}` is a CUDA device, but torch finds none here")
-
-
-def _compute_in(model: Any, dtype: str) -> None:
-    """Make layers of bitsandbytes and gptqmodel compute in `dtype`.
-
-    The checkpoint's own setting would win otherwise, and with AVX-512 bitsandbytes rounds
-    activations and scales to bf16 on a CPU whatever the dtype: fp32 quality must not pass there.
-    gptqmodel would round scale times code to fp16.
-    """
-    import torch
-
-    module: Any
-    for module in _storage.linears(model).values():
-        if type(module).__name__ == "Linear4bit":
-            module.compute_dtype = getattr(torch, dtype)
-            module.compute_type_is_set = True
-            module.weight.quant_state.dtype = getattr(torch, dtype)  # else unpacked in bf16
-            if dtype == "float32":
-                module.support_avx512bf16_for_cpu = False
-        elif gptq_kernels.is_kernel(module) and gptq_kernels.computes_exactly(module, dtype):
-            module.scales = module.scales.float()
 
 
 def _require_attention(config: Any, options: Options) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qgrid import gptq_kernels
-from qgrid.runtimes import _storage
+from qgrid.runtimes import _linears, _storage
 from qgrid.types import Check
 
 if TYPE_CHECKING:
@@ -19,29 +20,8 @@ def kernels(model: torch.nn.Module, dtype: str) -> list[dict[str, Any]]:
 
     `dense` is a product of unpacked weights. `dtype` is that of the activations between layers.
     """
-    found = Counter(_kernel(module, dtype) for module in _storage.linears(model).values())
-    keys = ("method", "scheme", "kernel", "dtype")
-    return [
-        {"modules": count, **dict(zip(keys, each, strict=True))} for each, count in found.items()
-    ]
-
-
-def _kernel(module: Any, dtype: str) -> tuple[str, str, str, str]:
-    """Method, scheme, kernel and dtype of one layer."""
-    if gptq_kernels.is_kernel(module):
-        names = gptq_kernels.format_of(module), gptq_kernels.name(module)
-        return names[0], f"W{module.bits}A16", names[1], gptq_kernels.computes_in(module, dtype)
-    kind = type(module).__name__
-    if kind in {"Linear4bit", "Linear8bitLt"}:
-        scheme = "W4A16" if kind == "Linear4bit" else "W8A8"
-        return "bitsandbytes", scheme, "bitsandbytes", dtype
-    layout = getattr(module, "quantization_scheme", None)
-    computed = str(module.weight.dtype).removeprefix("torch.")
-    if layout is None or layout.weights is None:
-        return "none", "W16A16", "dense", computed
-    inputs = layout.input_activations
-    scheme = f"W{layout.weights.num_bits}A{16 if inputs is None else inputs.num_bits}"
-    return "compressed-tensors", scheme, "dense", computed
+    found = Counter(_linears.kernel(module, dtype) for module in _storage.linears(model).values())
+    return [{"modules": count, **asdict(each)} for each, count in found.items()]
 
 
 def facts(model: torch.nn.Module, dtype: str, device: str) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Scorer:
             logits, context = self._extend(context, [piece], max(rows, 1))
             if rows > 0:
                 start = begin + len(piece) - rows + 1 - lead
-                yield Scores(request.index, start, _normalized(logits[0]))
+                yield Scores(request.index, start, normalized(logits[0]))
 
     def _short(
         self, requests: Sequence[Request], root: Context | None, lead: int
@@ -141,7 +141,7 @@ class Scorer:
         tails = [m.ids[len(f.stem) : -1] for f in batch for m in f.members]
         keep = max(member.keep for family in batch for member in family.members)
         logits, _ = self._extend(context, tails, keep, last=True)
-        return _normalized(logits)
+        return normalized(logits)
 
     def _spread(self, context: Context, rows: Sequence[int]) -> Context:
         """The context with its rows chosen and repeated; the original stays as it is."""
@@ -204,7 +204,8 @@ def padded(
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _normalized(logits: torch.Tensor) -> torch.Tensor:
+def normalized(logits: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities in fp32."""
     import torch
 
     with torch.inference_mode():

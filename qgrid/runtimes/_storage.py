@@ -4,31 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from qgrid import gptq_kernels
+from qgrid.runtimes import _linears
+from qgrid.runtimes._linears import Stored
 
 if TYPE_CHECKING:
     import torch
 
-_OWN = (
-    "gptqmodel",
-    "bitsandbytes",
-    "compressed_tensors",
-    "torchao",
-    "optimum",
-    "hqq",
-)  # may hide tensors
 _DEPTH = 4
-
-
-@dataclass(frozen=True)
-class Stored:
-    """How one linear layer arrived: `bits` is 16 or 32 where nothing quantized it."""
-
-    format: str
-    bits: int
 
 
 def linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -37,90 +21,27 @@ def linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if _multiplies(module) and module is not head
+        if _linears.multiplies(module) and module is not head
     }
-
-
-def _multiplies(module: torch.nn.Module) -> bool:
-    import torch
-
-    return isinstance(module, torch.nn.Linear) or gptq_kernels.is_kernel(module)
-
-
-def stored(module: torch.nn.Module, plain: str | None = None) -> Stored:
-    """How the layer's weight is held now. Ask before the first forward pass unpacks it.
-
-    `plain` names the dtype of an unquantized weight in the file, when loading has cast it.
-    """
-    import torch
-
-    if gptq_kernels.is_kernel(module):
-        return _stored_natively(module)
-    kind = type(module).__name__
-    weight = getattr(module, "weight", None)
-    if kind == "Linear4bit":
-        return Stored(f"bitsandbytes-{weight.quant_type}", 4)  # type: ignore[union-attr]
-    if kind == "Linear8bitLt":
-        return Stored("bitsandbytes-int8", 8)
-    scheme = getattr(module, "quantization_scheme", None)
-    if scheme is not None and scheme.weights is not None and not _is_plain(module):
-        layout = getattr(scheme.format, "value", scheme.format)
-        return Stored(str(layout), int(scheme.weights.num_bits))
-    if weight is None:
-        return Stored(kind, 0)
-    dtype = plain if plain and _is_plain(module) else str(weight.dtype).removeprefix("torch.")
-    return Stored(dtype + _rounding(module), 8 * getattr(torch, dtype).itemsize)
-
-
-def _stored_natively(module: Any) -> Stored:
-    """A layer of gptqmodel: packed as in the file, or rounded again to 8 bits for its kernel."""
-    if getattr(module, "qweight", None) is None:
-        return Stored("int8", 8)
-    return _declared(module)
-
-
-def _declared(module: Any) -> Stored:
-    """What a layer of gptqmodel was given to load: other widths would not fit its tensors."""
-    return Stored(gptq_kernels.format_of(module), int(module.bits))
-
-
-def _rounding(module: torch.nn.Module) -> str:
-    """What an unpacked layer still does to activations: compressed-tensors rounds them as it runs.
-
-    Rounded values go into a product in floating point: the numbers of W8A8, not its speed.
-    """
-    inputs = getattr(getattr(module, "quantization_scheme", None), "input_activations", None)
-    if inputs is None:
-        return ""
-    kind = "fp" if str(getattr(inputs.type, "value", inputs.type)) == "float" else "int"
-    return f" with activations rounded to {kind}{inputs.num_bits}"
-
-
-def _is_plain(module: torch.nn.Module) -> bool:
-    """Whether the weight is an ordinary floating-point matrix of 16 bits or more."""
-    weight = getattr(module, "weight", None)
-    return weight is not None and weight.is_floating_point() and weight.element_size() > 1
 
 
 def histogram(model: torch.nn.Module) -> Counter[Stored]:
     """How many linears are held in which way now."""
-    return Counter(stored(module) for module in linears(model).values())
+    return Counter(_linears.stored(module) for module in linears(model).values())
 
 
 def arrived(model: torch.nn.Module, plain: str | None) -> Counter[Stored]:
-    """How many linears came out of the files in which way; `plain` as in `stored`.
+    """How many linears came out of the files in which way; `plain` names the dtype of
+    unquantized weights in the file, when loading has cast them.
 
     Ask before the first forward pass. Some kernels of gptqmodel pack anew while they load.
     """
-    return Counter(
-        _declared(module) if gptq_kernels.is_kernel(module) else stored(module, plain)
-        for module in linears(model).values()
-    )
+    return Counter(_linears.arrived(module, plain) for module in linears(model).values())
 
 
 def classes(model: torch.nn.Module) -> dict[str, int]:
     """Class names of the layers that multiply, the output head among them, with counts."""
-    found = [module for module in model.modules() if _multiplies(module)]
+    found = [module for module in model.modules() if _linears.multiplies(module)]
     return dict(Counter(type(module).__name__ for module in found))
 
 
@@ -181,6 +102,6 @@ def _inner(value: Any, depth: int) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _inner(item, depth - 1)
-    elif type(value).__module__.startswith(_OWN) and hasattr(value, "__dict__"):
+    elif type(value).__module__.startswith(_linears.packages()) and hasattr(value, "__dict__"):
         for item in vars(value).values():
             yield from _inner(item, depth - 1)

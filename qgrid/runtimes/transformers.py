@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import PositiveInt
+
 from qgrid import gptq_kernels, registry
-from qgrid.contracts import Generation, Memory, Scores
-from qgrid.runtimes import _checkpoint_model, _linear_kernels, _storage
+from qgrid.contracts import Generation, Memory, Scores, Unsupported
+from qgrid.runtimes import (
+    _checkpoint_model,
+    _kv_cache,
+    _kv_refusals,
+    _linear_kernels,
+    _linears,
+    _storage,
+)
+from qgrid.runtimes._piecewise import PieceScorer
 from qgrid.runtimes._scoring import Scorer, slides
 from qgrid.types import RuntimeSupport
 
@@ -19,22 +29,14 @@ if TYPE_CHECKING:
 
     from qgrid.types import Cell, Check
 
-_FORMATS = (
-    "safetensors-16bit",
-    "pack-quantized",
-    "int-quantized",
-    "float-quantized",
-    "gptq",
-    "awq",
-    "bitsandbytes-nf4",
-    "bitsandbytes-int8",
-)
 LOADS = RuntimeSupport(
-    loads={"cpu": _FORMATS, "cuda": _FORMATS},
-    kv_cache={"cpu": ("auto16",), "cuda": ("auto16",)},
+    loads=dict.fromkeys(("cpu", "cuda"), _linears.formats()),
+    kv_cache=dict.fromkeys(("cpu", "cuda"), ("auto16", *_kv_cache.INTENTS)),
     packages=("transformers", "torch", "compressed-tensors", "bitsandbytes", "accelerate"),
+    adapters=_linears.adapted(),
 )
 _PAD = 0  # any valid id: padded slots are masked
+_PROBED = 8  # tokens of the first forward pass
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # of one padded forward pass
 
 
@@ -44,28 +46,65 @@ class Options:
 
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
     kernel: str = gptq_kernels.AUTO  # of a native checkpoint; see `qgrid.gptq_kernels`
+    cache_backend: Literal["auto", "hqq", "quanto"] = "auto"  # of a quantized KV cache, as the rest
+    cache_group_size: PositiveInt = 32
+    residual_length: PositiveInt = 128
+    cache_search: bool = False
 
 
 def refusal(cell: Cell) -> str | None:
-    """Why the cell's kernel cannot be had for its artifact."""
+    """Why the cell's kernel cannot be had for its artifact, or its KV cache for its model."""
     made = registry.support(cell.method).produces[cell.bits]
     kernel = cell.runtime.options.get("kernel", gptq_kernels.AUTO)
-    return gptq_kernels.refusal(kernel, made, cell.bits, cell.gpu.kind)
+    objection = gptq_kernels.refusal(kernel, made, cell.bits, cell.gpu.kind)
+    return objection or _kv_refusals.refusal(cell)
+
+
+def more_packages(cell: Cell) -> tuple[str, ...]:
+    """The library of a quantized KV cache."""
+    return _kv_refusals.packages(cell)
+
+
+def kv_bits(cell: Cell) -> float:
+    """Bits of a stored key or value while timing, its share of scales and zeros included."""
+    asked = _kv_cache.wanted(cell)
+    if asked is None:
+        return cell.kv_cache.bits
+    return asked.stored_bits(32 if cell.runtime.speed_dtype == "float32" else 16)
+
+
+def baseline_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those of a 16-bit cell with a 16-bit cache, which have no kernel and no cache to choose."""
+    plain = {field.name: field.default for field in fields(Options)}
+    return {
+        key: value if plain.get(key, MISSING) is MISSING else plain[key]
+        for key, value in options.items()
+    }
 
 
 class Transformers:
     """A loaded causal language model (an `Engine`)."""
 
     def __init__(
-        self, model: Any, dtype: str, arrived: Mapping[_storage.Stored, int], options: Options
+        self,
+        model: Any,
+        dtype: str,
+        arrived: Mapping[_linears.Stored, int],
+        options: Options,
+        cache: _kv_cache.Quantization | None = None,
     ) -> None:
         self._model = model
         self._dtype = dtype
         self._arrived = arrived
         self._device: torch.device = next(model.parameters()).device
-        self._kv_dtype, self._kv_bytes = _probe_cache(model)
+        self._cache = cache
+        self._kv_dtype, self._kv_held = _probe_cache(model, cache)
         tokens = _BATCH_TOKENS[self._device.type]
-        self._scorer = Scorer(model, tokens, not slides(model.config), _PAD)
+        self._scorer: Scorer | PieceScorer
+        if cache is None:
+            self._scorer = Scorer(model, tokens, not slides(model.config), _PAD)
+        else:
+            self._scorer = PieceScorer(model, cache, tokens, _PAD)
         self._options = options
 
     def score(
@@ -102,7 +141,8 @@ class Transformers:
 
     def memory(self) -> Memory:
         """See `Engine.memory`; the first forward pass has already unpacked what it unpacks."""
-        return Memory(_storage.resident_bytes(self._model), self._kv_bytes)
+        kv_bytes = sum(each.nbytes for each in self._kv_held) // _PROBED
+        return Memory(_storage.resident_bytes(self._model), kv_bytes)
 
     def kernels(self) -> Mapping[str, int]:
         """See `Engine.kernels`."""
@@ -124,6 +164,7 @@ class Transformers:
             "resident_dtypes": _storage.dtypes(self._model),
             "compute_dtype": self._dtype,
             "kv_dtype": self._kv_dtype,
+            **self._cache_facts(),
             "attn_implementation": self._model.config._attn_implementation,
             "threads": torch.get_num_threads(),
         }
@@ -131,7 +172,10 @@ class Transformers:
     def checks(self) -> Sequence[Check]:
         """See `Engine.checks`: `load` has raised already for what differs otherwise."""
         layers = _linear_kernels.kernels(self._model, self._dtype)
-        return _linear_kernels.checks(layers, self._options.kernel)
+        found = _linear_kernels.checks(layers, self._options.kernel)
+        if self._cache is None:
+            return found
+        return [*found, _kv_cache.check(self._kv_held, self._cache)]
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -143,6 +187,14 @@ class Transformers:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _cache_facts(self) -> Mapping[str, Any]:
+        if self._cache is None:
+            return {}
+        return {
+            "kv_cache": {**vars(self._cache), "stored": sorted({h.bits for h in self._kv_held})},
+            "kv_protocol": self._cache.protocol,
+        }
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -156,30 +208,39 @@ def load(artifact: Path, cell: Cell, dtype: str) -> Transformers:
 
     Raises:
         InvalidEngine: the device or the storage of the weights is not what the cell says.
-        Unsupported: the library does not have the kernel for these weights.
+        Unsupported: the library does not have the kernel for these weights, or the KV cache for
+            this model.
     """
     options = Options(**cell.runtime.options)
     model, arrived = _checkpoint_model.load(artifact, cell, dtype, options)
-    return Transformers(model, dtype, arrived, options)
+    cache = _kv_cache.wanted(cell)
+    if cache is not None and slides(model.config):
+        raise Unsupported(_kv_refusals.sliding(cell))
+    return Transformers(model, dtype, arrived, options, cache)
 
 
-def _narrowest(found: Mapping[_storage.Stored, int]) -> int:
+def _narrowest(found: Mapping[_linears.Stored, int]) -> int:
     return min((each.bits for each in found), default=16)  # GPT-2 has no linears, but Conv1D
 
 
-def _probe_cache(model: Any) -> tuple[str, int]:
-    """Run the first forward pass (packed weights unpack now): KV dtype and bytes per token."""
+def _probe_cache(
+    model: Any, asked: _kv_cache.Quantization | None
+) -> tuple[str, list[_kv_cache.Held]]:
+    """The cache's dtype, and what it holds after `_PROBED` tokens.
+
+    The first forward pass is the one in which packed weights unpack.
+    """
     import torch
     from transformers import DynamicCache
 
-    cache = DynamicCache()
-    length = 8
+    cache = DynamicCache() if asked is None else _kv_cache.for_decoding(model, asked)
     with torch.inference_mode():
-        ids = torch.full((1, length), _PAD, device=next(model.parameters()).device)
+        ids = torch.full((1, _PROBED), _PAD, device=next(model.parameters()).device)
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    total = sum(tensor.numel() * tensor.element_size() for tensor in held)
-    return str(held[0].dtype).removeprefix("torch."), total // length
+    if asked is not None:
+        return f"int{asked.bits} ({asked.backend})", _kv_cache.held(cache)
+    dtype = str(cache.layers[0].keys.dtype).removeprefix("torch.")
+    return dtype, _kv_cache.held(cache)
 
 
 def _device_name(device: torch.device) -> str:

@@ -165,7 +165,8 @@ def test_what_is_missing_is_told_with_the_command_that_builds_it(
 def test_planning_with_another_environment_imports_nothing_heavy(built: Build) -> None:
     code = (
         "import sys; from qgrid import facts, doctor; "
-        f"assert facts.missing(('qgrid-small',), {NAME!r}, {KIND!r}) is None; doctor.render(); "
+        f"assert facts.missing(('qgrid-small',), {NAME!r}, {KIND!r}) is None; "
+        "doctor.render({}); "
         "heavy = {'torch', 'transformers', 'numpy', 'qgrid_small'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
@@ -177,7 +178,7 @@ def test_packages_that_are_not_as_locked_are_told(built: Build) -> None:
     forget()
     assert verification.check_environment(support).ok
     assert verification.versions(support)["qgrid-small"] == "1.0"
-    assert "qgrid-small 1.0; all packages as locked" in doctor.render()
+    assert "qgrid-small 1.0; all packages as locked" in doctor.render({})
     stored = built.site / "qgrid_small-1.0.dist-info" / "METADATA"
     text = stored.read_text()
     try:
@@ -186,7 +187,7 @@ def test_packages_that_are_not_as_locked_are_told(built: Build) -> None:
         check = verification.check_environment(support)
         assert (check.ok, check.fatal) == (False, False)
         assert check.actual == "qgrid-small 0.9 (locked 1.0)"
-        assert "not as locked: qgrid-small 0.9 (locked 1.0)" in doctor.render()
+        assert "not as locked: qgrid-small 0.9 (locked 1.0)" in doctor.render({})
     finally:
         stored.write_text(text)
         forget()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from qgrid import calibration
-from qgrid.calibration import BadCalibration
+from qgrid.calibration_texts import BadCalibration
 from qgrid.gguf import convert, importance, layers, quantization
 
 ROWS = tuple(tuple((7 * i * i + 3 * row) % 512 for i in range(48)) for row in range(5))

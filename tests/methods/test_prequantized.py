@@ -165,7 +165,7 @@ def test_part_of_a_split_file_is_refused(published: Path, make: Make, tmp_path: 
     [
         ("acme/model-GGUF/model.gguf", None, "names no GGUF type; download the file"),
         ("acme/model-GGUF/model-Q5_K_M.gguf", 4, "is Q5_K_M, of 5 bits, not `bits=4`"),
-        ("model.safetensors", None, "is not a `.gguf` file"),
+        ("model.safetensors", None, "is neither a `.gguf` file, nor a folder"),
     ],
 )
 def test_refusal_says_what_to_do(path: str, bits: int | None, message: str, make: Make) -> None:

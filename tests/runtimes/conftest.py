@@ -14,9 +14,9 @@ from qgrid.types import Cell, Method, Runtime
 from tests.runtimes.passes import Ids, some_ids
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "rtn": {"group_size": 128, "symmetric": True, "scheme": None},
-    "nf4": {"double_quant": True},
-    "int8": {"threshold": 6.0},
+    "rtn": {"group_size": 128, "symmetric": True, "scheme": None, "keep": None},
+    "nf4": {"double_quant": True, "keep": None},
+    "int8": {"threshold": 6.0, "keep": None},
 }
 
 

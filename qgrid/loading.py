@@ -1,0 +1,35 @@
+"""Models through transformers, made of the stored tensors alone.
+
+Where a checkpoint lacks a tensor, transformers makes up random numbers for it and only warns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qgrid import phrases
+from qgrid.contracts import InvalidEngine
+
+
+def pretrained(folder: Path, arguments: Mapping[str, Any]) -> Any:
+    """`AutoModelForCausalLM.from_pretrained`, with a word for every tensor that was made up.
+
+    Raises:
+        InvalidEngine: tensors of the model are not in the folder, or in another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, told = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, **arguments
+    )
+    lacking = sorted(told["missing_keys"])
+    lacking += sorted(str(key[0]) for key in told.get("mismatched_keys", ()))
+    if lacking:
+        raise InvalidEngine(
+            f"transformers finds {len(lacking)} tensors of the model in no file of `{folder}` and "
+            f"makes up random numbers for them: {phrases.first(lacking, ', ')}; use a whole "
+            "checkpoint, and one whose config names what is quantized as transformers does"
+        )
+    return model

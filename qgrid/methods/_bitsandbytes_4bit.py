@@ -1,0 +1,79 @@
+"""What `nf4` and `fp4` share: codes of 16 fixed values, a scale for 64 weights, by bitsandbytes.
+
+They differ in the 16 values alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qgrid import widths
+from qgrid.contracts import Built
+from qgrid.methods import _bitsandbytes as bnb
+from qgrid.published import bitsandbytes as published
+from qgrid.types import Cell, Check, MethodSupport
+
+_BITS = (4,)
+_BLOCK = 64  # weights a scale covers
+_NESTED_BLOCK = 256  # scales that share a second scale
+_STATE_BYTES, _NESTED_STATE_BYTES = 80, 170  # a line of JSON a layer, a few digits more or less
+
+
+@dataclass(frozen=True)
+class Options:
+    """`double_quant` stores the scales themselves in 8 bits."""
+
+    double_quant: bool
+    keep: Mapping[str, int] | None
+
+
+def supports(values: str) -> MethodSupport:
+    """What the method with the 16 values of that name makes."""
+    return MethodSupport(
+        bits=_BITS,
+        default_bits=4,
+        produces={4: f"bitsandbytes-{values}"},
+        packages=bnb.PACKAGES,
+        calibrated=False,
+    )
+
+
+def refusal(cell: Cell) -> str | None:
+    """Why layers cannot be left out as asked; None if they can."""
+    return widths.refusal(cell, _BITS)
+
+
+def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
+    """Stored bits of a large linear layer, scales included."""
+    return stored_bits(bits, options, 4096, 4096)
+
+
+def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:
+    """Stored bits per weight of one linear layer: codes, scales, the tables and the state."""
+    weights = rows * columns
+    blocks = -(-weights // _BLOCK)
+    nested = -(-blocks // _NESTED_BLOCK)
+    double = options["double_quant"]
+    scales = 8 * blocks + 32 * nested + 32 * 256 if double else 32 * blocks
+    tables = 32 * 16 + 8 * (_NESTED_STATE_BYTES if double else _STATE_BYTES)
+    return (bits * weights + scales + tables) / weights
+
+
+def checks(folder: Path, cell: Cell) -> Sequence[Check]:
+    """Nothing was saved after a forward pass."""
+    return published.checks(folder)
+
+
+def quantize(cell: Cell, source: Path, out: Path, values: str) -> Built:
+    """Write the 4-bit checkpoint of `source` into `out`; `values` names the 16 of them."""
+    options = Options(**cell.method.options)
+    settings = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": values,
+        "bnb_4bit_use_double_quant": options.double_quant,
+        "bnb_4bit_compute_dtype": "bfloat16",
+    }
+    return bnb.quantize(cell, source, out, settings)

@@ -1,0 +1,180 @@
+"""HQQ: codes of 1 to 8 bits whose zero points are fitted to the weights, no calibration.
+
+A half-quadratic solver moves each group's zero point so that few weights are far off. A group is a
+run of a row (`axis=1`), or of a column's weights at equal distances (`axis=0`). Scales and zero
+points are kept in fp16, the library's own choice: in bf16 a zero point of 8 bits would be half a
+step off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from qgrid import inspection, widths
+from qgrid.methods import _checkpoint, _layerwise
+from qgrid.types import MethodSupport
+
+if TYPE_CHECKING:
+    from qgrid.contracts import Built
+    from qgrid.types import Cell
+
+# 5 and 6 bits, and 1.58, are there as well, but stored in whole bytes and as 2 bits.
+_BITS = (1, 2, 3, 4, 8)
+SUPPORTS = MethodSupport(
+    bits=_BITS,
+    default_bits=4,
+    produces=dict.fromkeys(_BITS, "hqq"),
+    packages=("hqq", "torch", "transformers", "accelerate"),
+    calibrated=False,
+)
+_WORD_CODES = 10  # of three bits, in a word of 32
+_PACKING = {1: "1bit_u8", 2: "2bit_u8", 3: "3bit_32", 4: "4bit_u8", 8: "8bit_u8"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """`group_size` None: one scale a row, or a column. `axis`: along which weights share it."""
+
+    group_size: Annotated[int, Field(gt=0, multiple_of=8)] | None
+    axis: Literal[0, 1]
+    keep: Mapping[str, int] | None
+
+
+def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:
+    """Bits per weight of one layer: packed codes, two fp16 numbers a group, the shape."""
+    length, groups = _grouping(options, rows, columns)
+    packed, across = (groups, length) if options["axis"] == 1 else (length, groups)
+    codes = 32 * -(-packed // _WORD_CODES) * across if bits == 3 else bits * packed * across
+    return (codes + 2 * 16 * groups + 2 * 64) / (rows * columns)
+
+
+def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
+    """Stored bits of a large linear layer, scales and zero points included."""
+    return stored_bits(bits, options, 4096, 4096)
+
+
+def _grouping(options: Mapping[str, Any], rows: int, columns: int) -> tuple[int, int]:
+    """Weights a group, and groups."""
+    whole = columns if options["axis"] == 1 else rows
+    length = whole if options["group_size"] is None else options["group_size"]
+    return length, rows * columns // length
+
+
+def refusal(cell: Cell) -> str | None:
+    """Why the cell's model cannot be stored so; None if it can, or is not on this machine."""
+    options = cell.method.options
+    if reason := widths.refusal(cell, _BITS):
+        return reason
+    source = _layerwise.known(cell)
+    used = {cell.bits, *(options["keep"] or {}).values()} - {widths.UNQUANTIZED}
+    if source is None:
+        return None
+    return _refused(source, options["group_size"], options["axis"], tuple(sorted(used)))
+
+
+@cache
+def _refused(source: Path, group: int | None, axis: int, used: tuple[int, ...]) -> str | None:
+    """Groups that do not divide a layer, and codes that do not fill their bytes or words."""
+    options = {"group_size": group, "axis": axis}
+    linears = inspection.decoder_linears(inspection.read_headers(source))
+    side = "columns" if axis == 1 else "rows"
+    sizes = {name: shape[axis] for name, shape in linears.items()}
+    bad = [name for name, size in sizes.items() if group is not None and size % group]
+    if bad:
+        first = ", ".join(f"{name} ({sizes[name]} {side})" for name in bad[:3])
+        fits = next((g for g in (128, 64, 32, 16, 8) if not any(s % g for s in sizes.values())), 0)
+        smaller = f"`method.group_size={fits}` (divides all)" if fits else "a divisor of all"
+        return (
+            f"`method.group_size={group}` does not divide the {side} of {len(bad)} layers: {first}"
+            f"{', ...' if len(bad) > 3 else ''}; use {smaller} or `method.group_size=null`"
+        )
+    for name, shape in linears.items():
+        length, groups = _grouping(options, *shape)
+        packed = groups if axis == 1 else length
+        for bits in used:
+            ragged = bits != 3 and packed % (8 // bits)
+            if ragged or (bits == 3 and 32 * -(-packed // _WORD_CODES) >= 4 * packed):
+                unit = f"{_WORD_CODES} in a word" if bits == 3 else f"{8 // bits} in a byte"
+                return (
+                    f"`method=hqq` packs codes of {bits} bits {unit}, which {packed} along "
+                    f"`method.axis={axis}` of {name} do not fill; use another "
+                    "`method.group_size` or `method.axis`"
+                )
+    return None
+
+
+def quantize(cell: Cell, source: Path, out: Path) -> Built:
+    """Write the packed checkpoint of `source` into `out`.
+
+    Raises:
+        Unsupported: the source is quantized already, or a group does not divide its layers.
+    """
+    _checkpoint.refuse(refusal(cell))
+    options = Options(**cell.method.options)
+
+    def apart(linear: Any, bits: int) -> dict[str, Any]:
+        from hqq.core.quantize import Quantizer, hqq_base_quant_config
+
+        length, _ = _grouping(cell.method.options, *linear.weight.shape)
+        settings = hqq_base_quant_config(nbits=bits, group_size=length, axis=options.axis)
+        codes, meta = Quantizer.quantize(
+            linear.weight, device="cpu", **settings["weight_quant_params"]
+        )
+        return {"W_q": codes, "scale": meta["scale"].half(), "zero": meta["zero"].half()}
+
+    into = _layerwise.Checkpoint(source, out, {"quant_method": "hqq", "axis": options.axis})
+    return _layerwise.quantize(cell, into, apart, _rebuild(options.axis))
+
+
+def load(folder: Path, arguments: Mapping[str, Any]) -> Any:
+    """The model of `folder` with layers that unpack their codes in every pass."""
+    axis = inspection.quantization_config(folder)["axis"]
+    return _layerwise.load(folder, arguments, _rebuild(axis))
+
+
+def _rebuild(axis: int) -> _layerwise.Rebuild:
+    """Make layers of the library from what is stored, computing in a dtype."""
+
+    def rebuild(linear: Any, parts: Mapping[str, Any], dtype: Any) -> Any:
+        import torch
+        from hqq.core.quantize import HQQLinear, Quantizer
+
+        codes, scale = parts["W_q"], parts["scale"]
+        shape = torch.Size(parts["shape"].tolist())
+        bits = _width(codes, shape, axis)
+        layer = HQQLinear(
+            None, None, compute_dtype=dtype, device=str(codes.device), initialize=False
+        )
+        layer.load_state_dict(
+            {
+                "W_q": torch.nn.Parameter(codes, requires_grad=False),
+                "scale": scale,
+                "zero": parts["zero"],
+                "bias": parts.get("bias"),
+                "shape": shape,
+                "nbits": bits,
+                "axis": axis,
+                "group_size": shape.numel() // scale.numel(),
+                "packing": _PACKING[bits],
+                "unpack_view_dtype": Quantizer.unpack_view_dtype[_PACKING[bits]],
+                "view_as_float": False,
+                "quant_scale": False,
+                "quant_zero": False,
+            }
+        )
+        return layer
+
+    return rebuild
+
+
+def _width(codes: Any, shape: Any, axis: int) -> int:
+    """Bits of a code by how many are in a byte; only those of three bits lie in words."""
+    if codes.element_size() > 1:
+        return 3
+    return int(8 * codes.numel() // shape.numel())
