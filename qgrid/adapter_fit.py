@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qgrid import adapters, codec, fingerprint, headers, inspection, models, phrases, registry
+from qgrid.files import sha256
 
 if TYPE_CHECKING:
     from qgrid.types import Model, Tensor
@@ -121,6 +122,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
         raise Unfit(f"has `peft_type={kind}`; only LORA is applied: {advice}")
     if config.get("task_type") not in _KINDS:
         raise Unfit(f"has `task_type={config['task_type']}`; only CAUSAL_LM is applied")
+    _require_numbers(config)
     start = config.get("init_lora_weights", True)
     if not any(
         start is each or (isinstance(start, str) and start == each) for each in _PLAIN_STARTS
@@ -130,6 +132,22 @@ def _config(folder: Path) -> Mapping[str, Any]:
         if config[key] not in _UNSET:
             raise Unfit(f"has `{key}={codec.plain(config[key])}`, which is not applied; {advice}")
     return config
+
+
+def _require_numbers(config: Mapping[str, Any]) -> None:
+    """Ranks are counts, scales are numbers, and patterns are patterns."""
+    ranks, scales = (config.get(f"{key}_pattern") or {} for key in ("rank", "alpha"))
+    counts = {"r": config.get("r"), **ranks}
+    numbers = {"lora_alpha": config.get("lora_alpha"), **scales}
+    for named, kinds in ((counts, (int,)), (numbers, (int, float))):
+        for key, value in named.items():
+            if type(value) not in kinds or value <= 0:
+                raise Unfit(f"has `{key}={codec.plain(value)}`, which should be a number above 0")
+    for pattern in (*ranks, *scales):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise Unfit(f"has the pattern `{pattern}`, which is none ({error})") from None
 
 
 def _require_pairs(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -220,7 +238,7 @@ def _require_base(found: Fit, model: Model, base: Path) -> None:
 def _another_base(named: str, model: Model, base: Path) -> Iterator[str]:
     place = Path(named).expanduser()
     if place.is_dir():
-        if place.resolve() != base.resolve() and _content(place) != _content(base):
+        if place.resolve() != base.resolve() and _weights(place) != _weights(base):
             yield f"which holds other files than `model.id={model.id}`"
         return
     on_hub = not (models.is_path(named) or models.is_path(model.id) or Path(model.id).is_dir())
@@ -228,9 +246,6 @@ def _another_base(named: str, model: Model, base: Path) -> Iterator[str]:
         yield f"not on `model.id={model.id}`"
 
 
-def _content(folder: Path) -> dict[str, tuple[Any, ...]]:
-    """Weights by name: enough to tell two checkpoints apart without reading them."""
-    return {
-        path.name: (path.stat().st_size, *headers.read_header(path).keys())
-        for path in headers.weight_files(folder)
-    }
+def _weights(folder: Path) -> dict[str, str]:
+    """Hashes of the weights' files: a model and its fine-tune differ in nothing else."""
+    return {path.name: sha256(path) for path in headers.weight_files(folder)}

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from qgrid import adapters, ends, inspection, registry, verification, weightless
-from qgrid.contracts import InvalidEngine
+from qgrid.contracts import InvalidEngine, Unsupported
 from qgrid.files import HashCache, sha256
 from qgrid.fingerprint import fingerprint
 from qgrid.types import Cell, Check, Manifest, MethodSupport, PlannedCell
@@ -89,7 +89,12 @@ def _made(work: Work, merged: Merged | None) -> Manifest:
 def _quantized(work: Work, merged: Merged | None) -> Built:
     """What the method reports, with what is known of the adapter."""
     cell, folder = work.cell, work.folder
-    built = registry.method(cell.method.name).quantize(cell, work.source, folder)
+    method = registry.method(cell.method.name)
+    own = getattr(method, "refusal", None)
+    reason = None if own is None else own(cell)
+    if reason is not None:  # the model was not here when the cell was planned
+        raise Unsupported(reason)
+    built = method.quantize(cell, work.source, folder)
     if cell.model.adapter is None:
         return built
     from qgrid import merging
@@ -138,7 +143,7 @@ def _described(work: Work, built: Built) -> Manifest:
     ]
     if all(check.ok for check in checks if check.fatal):  # a bad folder may not even load
         checks += _check_reload(work, built)
-    checks.append(verification.check_environment(registry.support(work.cell.method)))
+    checks.append(verification.check_environment(_support(work.cell)))
     verification.require(checks, what)
     return _manifest(work, contents, tokenizer, checks)
 

@@ -20,9 +20,10 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import models
+from qgrid import codec, models
 from qgrid.calibration_texts import BadCalibration, Document, Source, source
 from qgrid.files import sha256
 
@@ -51,12 +52,22 @@ def calibration_identity(calibration: Calibration, cache: HashCache | None) -> d
         content = cache.sha256(path) if cache else sha256(path)
         return {"sha256": content, "text_field": calibration.text_field, **drawn}
     return {
-        "dataset": calibration.dataset,
+        "dataset": _data_set(str(calibration.dataset), cache),
         "revision": calibration.revision,
         "split": calibration.split,
         "text_field": calibration.text_field,
         **drawn,
     }
+
+
+def _data_set(name: str, cache: HashCache | None) -> str:
+    """A hub's name as it is; a local folder by the content of its files."""
+    folder = Path(name.partition(":")[0]).expanduser()
+    if not folder.is_dir():
+        return name
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    told = [[str(p.relative_to(folder)), cache.sha256(p) if cache else sha256(p)] for p in files]
+    return codec.digest(told, 64)
 
 
 def _rule(calibration: Calibration) -> dict[str, Any]:

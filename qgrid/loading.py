@@ -32,4 +32,26 @@ def pretrained(folder: Path, arguments: Mapping[str, Any]) -> Any:
             f"makes up random numbers for them: {phrases.first(lacking, ', ')}; use a whole "
             "checkpoint, and one whose config names what is quantized as transformers does"
         )
+    _require_tied(model, folder)
     return model
+
+
+def _require_tied(model: Any, folder: Path) -> None:
+    """A config that shares embedding and head is believed only where they are the same numbers.
+
+    transformers 5.17 leaves them apart where a file holds two that differ.
+    """
+    import torch
+
+    config = model.config.get_text_config()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not getattr(config, "tie_word_embeddings", False) or head is None or embedding is None:
+        return
+    one, other = getattr(head, "weight", None), getattr(embedding, "weight", None)
+    if type(one) is not torch.nn.Parameter or type(other) is not torch.nn.Parameter:
+        return  # quantized: its own checks compare it
+    if one is not other and not torch.equal(one, other):
+        raise InvalidEngine(
+            f"the config of `{folder}` says that head and embedding are the same matrix, but its "
+            "files hold two that differ; use a whole checkpoint of one of them"
+        )

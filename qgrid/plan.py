@@ -25,11 +25,11 @@ class WidthConflict(ValueError):
     """`bits` and an option of the method name different widths."""
 
 
-def build(choices: Iterable[Choice], facts: Facts) -> list[PlannedCell]:
+def build(choices: Iterable[Choice], facts: Facts, may_be_empty: bool = False) -> list[PlannedCell]:
     """The plan of a grid: resolved, without duplicates, with baselines, neighbours sharing work.
 
     Raises:
-        EmptyGrid: every cell was refused.
+        EmptyGrid: every cell was refused, and that `may_be_empty` was not said.
         WidthConflict: `bits` and a method option disagree.
     """
     cells: dict[str, PlannedCell] = {}
@@ -45,7 +45,7 @@ def build(choices: Iterable[Choice], facts: Facts) -> list[PlannedCell]:
         if refusal is not None:
             rules[refusal.rule] += 1
             first.setdefault(refusal.rule, refusal.reason)
-    if all(planned.status is not None for planned in cells.values()):
+    if not may_be_empty and all(planned.status is not None for planned in cells.values()):
         raise EmptyGrid(_emptied(rules, first))
     for planned in [p for p in cells.values() if p.status is None]:
         needed = _baseline(planned, facts)

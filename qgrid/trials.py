@@ -55,7 +55,8 @@ def run(kind: DeviceKind, only: Collection[str]) -> Outcomes:
     with TemporaryDirectory(prefix="qgrid-doctor-") as place:
         store = Path(place)
         asked, found = _asked(kind, only)
-        planned = plan.build(asked.values(), Facts(HashCache(store / "hashes.json")))
+        facts = Facts(HashCache(store / "hashes.json"))
+        planned = plan.build(asked.values(), facts, may_be_empty=True)
         settings = choices.settings({**_configuration({}), **_SETTINGS, "out": str(store)})
         folder = sweep.write_plan(planned, settings).parent
         trial = controller.Sweep(planned, settings, folder, Progress(planned, sys.stderr))

@@ -33,6 +33,13 @@ def by_layer(cell: Cell, source: Path) -> dict[str, int]:
     return {layer: of(cell.bits, cell.method.options, layer) for layer in layers}
 
 
+def rounded(cell: Cell, source: Path) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the linear layers that are not left at 16 bits."""
+    layers = inspection.decoder_linears(inspection.read_headers(source))
+    options = cell.method.options
+    return {k: v for k, v in layers.items() if of(cell.bits, options, k) < UNQUANTIZED}
+
+
 def others(cell: Cell, source: Path) -> dict[int, list[str]]:
     """The layers that have another width than the cell's, by their width."""
     found: dict[int, list[str]] = {}

@@ -43,6 +43,13 @@ def test_a_method_that_fails_is_told_as_it_failed(
 SHORT = {"artifact": 0.001, "quality": 600.0, "speed": 600.0}
 
 
+def test_what_cannot_work_here_alone_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["aqlm", "prequantized", "served"]) == 0
+    out = capsys.readouterr().out
+    assert "qgrid does not train AQLM codebooks" in out
+    assert out.count("not tried: ") == 2
+
+
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(commands.WrongCommand, match=r"got `gtpq` \(has: .*gptq"):
         doctor.main(["gtpq"])

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from qgrid import artifacts, loading
 from qgrid.artifacts import BadArtifact
-from qgrid.contracts import InvalidEngine
+from qgrid.contracts import InvalidEngine, Unsupported
 from qgrid.methods import _checkpoint
 from qgrid.types import Cell, StageResult
 from tests import jobs
@@ -142,6 +142,46 @@ def test_head_that_is_random_in_the_model_and_in_the_file(
     monkeypatch.setattr(loading, "pretrained", silently)
     found = caught(build, "rtn", 4, headless(tmp_path / "headless"))
     assert found == {"ends": "lm_head.weight is not in the base model"}
+
+
+def add_head(folder: Path, weight: torch.Tensor | None) -> None:
+    """Store a head beside the embedding of a model that shares the two; None: a true copy."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.clone() if weight is None else weight.to(embedding)
+    file.unlink()
+    save_file(tensors, file, {"format": "pt"})
+
+
+def test_random_head_beside_a_shared_embedding(
+    build: Build, tmp_path: Path, tiny_random: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers keeps the two apart where they differ, whatever the config says."""
+    shape = load_file(tiny_random / "model.safetensors")["model.embed_tokens.weight"].shape
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    base = Path(shutil.copytree(tiny_random, tmp_path / "base"))
+    add_head(base, noise)
+    with pytest.raises(InvalidEngine, match="head and embedding are the same matrix, but"):
+        build("rtn", 4, base)
+
+    copy = _checkpoint.copy_tokenizer
+    given: list[torch.Tensor | None] = [noise, None]
+
+    def with_head(source: Path, out: Path) -> None:
+        copy(source, out)
+        add_head(out, given.pop(0))
+
+    monkeypatch.setattr(_checkpoint, "copy_tokenizer", with_head)
+    found = caught(build, "rtn", 4)
+    assert found == {"ends": "lm_head.weight is not the embedding, which the base model's head is"}
+    assert all(check.ok for check in build("rtn", 8).checks if check.name in {"ends", "reload"})
+
+
+def test_layers_to_keep_that_are_not_there(build: Build) -> None:
+    """Also where the model was not on this machine when the cell was planned."""
+    with pytest.raises(Unsupported, match="matches none of the 14 linear layers"):
+        build("nf4", 4, keep={"no.such.layer": 16})
 
 
 def test_logits_that_are_not_finite(build: Build, tmp_path: Path, tiny_random: Path) -> None:

@@ -87,3 +87,12 @@ def test_what_cannot_be_kept_is_said_before_any_work(
 
     own: Any = registry.method(method)
     assert re.search(said, own.refusal(make(method, bits, keep).planned.cell) or "")
+
+
+@pytest.mark.parametrize("method", ["rtn", "autoround"])
+def test_groups_need_not_divide_what_is_left_out(method: str, make: Callable[..., Job]) -> None:
+    own: Any = registry.method(method)
+    refused = own.refusal(make(method, 4, {}, group_size=512).planned.cell)
+    assert "does not divide the columns of 12 layers" in refused
+    keep = {"*": 16, "model.layers.*.mlp.down_proj": 4}  # whose columns are 512
+    assert own.refusal(make(method, 4, keep, group_size=512).planned.cell) is None

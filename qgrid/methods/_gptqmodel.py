@@ -89,12 +89,12 @@ def unpackable(source: Path, layout: Layout, group_size: int | None) -> str | No
             f"`method.group_size={group_size}` is not there in `method.format={layout}` "
             f"(has: {has}, null); use one of them or `method.format=compressed-tensors`"
         )
-    reason = packed.indivisible(source, group_size)
+    linears = inspection.decoder_linears(inspection.read_headers(source))
+    reason = packed.indivisible(linears, group_size)
     if reason is not None:
         return reason
     unit = _MULTIPLE[layout]
-    linears = inspection.decoder_linears(inspection.read_headers(source)).items()
-    odd = [name for name, (rows, columns) in linears if rows % unit or columns % unit]
+    odd = [name for name, (rows, columns) in linears.items() if rows % unit or columns % unit]
     if not odd:
         return None
     return (

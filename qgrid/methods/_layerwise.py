@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qgrid import inspection, models, widths
-from qgrid.contracts import Built, Unsupported
+from qgrid.contracts import Built, InvalidEngine, Unsupported
 from qgrid.methods import _checkpoint
 
 if TYPE_CHECKING:
@@ -164,7 +164,8 @@ def load(folder: Path, arguments: Mapping[str, Any], rebuild: Rebuild) -> Any:
     model.tie_weights()
     absent = [name for name, each in model.named_parameters() if each.device.type == "meta"]
     if absent:
-        raise ValueError(f"`{folder}` holds no {', '.join(absent[:3])}; build the artifact again")
+        lacking = ", ".join(absent[:3])
+        raise InvalidEngine(f"`{folder}` holds no {lacking}; build the artifact again")
     return model.to(device).eval()
 
 

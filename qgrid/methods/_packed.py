@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import PositiveInt
 
-from qgrid import inspection, models, widths
+from qgrid import models, widths
 from qgrid.methods import _checkpoint
 from qgrid.methods import _llmcompressor as llmc
 from qgrid.types import Cell, MethodSupport
@@ -100,7 +99,7 @@ def refusal(cell: Cell) -> str | None:
     source = models.located(cell.model)
     if source is None or not (source / "config.json").is_file():
         return None
-    return indivisible(source, weights(cell.bits, cell.method.options).group_size)
+    return _indivisible(cell, source)
 
 
 def refuse(cell: Cell, source: Path) -> None:
@@ -109,13 +108,16 @@ def refuse(cell: Cell, source: Path) -> None:
     Raises:
         Unsupported: names the layers and two ways out.
     """
-    _checkpoint.refuse(indivisible(source, weights(cell.bits, cell.method.options).group_size))
+    _checkpoint.refuse(_indivisible(cell, source))
 
 
-@cache
-def indivisible(source: Path, group_size: int | None) -> str | None:
-    """Which layers of a checkpoint a group does not divide, and the two ways out."""
-    linears = inspection.decoder_linears(inspection.read_headers(source))
+def _indivisible(cell: Cell, source: Path) -> str | None:
+    group_size = weights(cell.bits, cell.method.options).group_size
+    return indivisible(widths.rounded(cell, source), group_size)
+
+
+def indivisible(linears: Mapping[str, tuple[int, int]], group_size: int | None) -> str | None:
+    """Which layers (by name: rows, columns) a group does not divide, and the two ways out."""
     columns = {name: columns for name, (_, columns) in linears.items()}
     bad = [name for name, width in columns.items() if group_size and width % group_size]
     if not bad:

@@ -88,7 +88,10 @@ def bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
         return _measured(folder)
     if config is None:
         return float(bits)
-    return float(published.family(config).stored_bits(config, *_LARGE)[1])
+    try:
+        return float(published.family(config).stored_bits(config, *_LARGE)[1])
+    except published.Unreadable:
+        return float(bits)  # the cell will be refused
 
 
 @cache

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qgrid import device
+from qgrid import device, inspection
+from qgrid.contracts import Unsupported
 from qgrid.gguf import audit, blocks, convert, layers, parity, quantization
 from qgrid.gguf import file as gguf_file
 from qgrid.gguf.types import FILE_TYPES
@@ -45,7 +46,14 @@ def write(cell: Cell, source: Path, out: Path, tuned: Any) -> tuple[Check, ...]:
         quantization.quantize(whole, file, blocks.TYPES[cell.bits], None, cores)
     finally:
         whole.unlink(missing_ok=True)
-    blocks.write(file, source, cell.bits, _codes(tuned, cell.bits))
+    found = _codes(tuned, cell.bits)
+    lacking = inspection.decoder_linears(inspection.read_headers(source)).keys() - found.keys()
+    if lacking:  # llama.cpp's own rounding would stay, under another name
+        raise Unsupported(
+            f"auto-round gave no codes for {len(lacking)} layers ({min(lacking)}); use "
+            "`method.format=compressed-tensors`"
+        )
+    blocks.write(file, source, cell.bits, found)
     _checkpoint.copy_configs(source, out)
     kind = FILE_TYPES[blocks.TYPES[cell.bits]]
     return (
@@ -62,6 +70,7 @@ def _codes(tuned: Any, bits: int) -> dict[str, blocks.Codes]:
     for name, module in tuned.named_modules():
         if hasattr(module, "weight_packed"):
             shape = module.weight_shape.tolist()
-            values = unpack_from_int32(module.weight_packed, bits, shape)
-            found[name] = blocks.Codes(values.numpy(), module.weight_scale.half().numpy())
+            values = unpack_from_int32(module.weight_packed.cpu(), bits, shape)
+            scales = module.weight_scale.cpu().half()
+            found[name] = blocks.Codes(values.numpy(), scales.numpy())
     return found

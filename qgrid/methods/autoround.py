@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import PositiveInt
 
-from qgrid import calibration, gptq_kernels, inspection, models, widths
+from qgrid import calibration, gptq_kernels, models, widths
 from qgrid.contracts import Built, Unsupported
 from qgrid.methods import _checkpoint
 from qgrid.methods import _gptqmodel as native
@@ -131,15 +131,16 @@ def _ragged(cell: Cell) -> str | None:
 def _unfit(cell: Cell, source: Path) -> str | None:
     """Which layers the groups or the library's unit do not divide."""
     group = cell.method.options["group_size"]
-    if reason := packed.indivisible(source, group):
+    rounded = widths.rounded(cell, source)
+    if reason := packed.indivisible(rounded, group):
         return reason
     layout = cell.method.options["format"]
     if layout in {"gptq", "awq"} and (reason := native.unpackable(source, layout, group)):
         return reason
     if layout == "gguf" and (reason := tuned_gguf.refusal(cell.method.options, source)):
         return reason
-    linears = inspection.decoder_linears(inspection.read_headers(source)).items()
-    odd = [name for name, (rows, columns) in linears if rows % _UNIT or columns % _UNIT]
+    sizes = rounded.items()
+    odd = [name for name, (rows, columns) in sizes if rows % _UNIT or columns % _UNIT]
     if not odd:
         return None
     return (

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from qgrid import inspection, models, widths
+from qgrid import models, widths
 from qgrid.contracts import Built
 from qgrid.methods import _checkpoint
 from qgrid.methods import _llmcompressor as llmc
@@ -82,14 +81,13 @@ def refusal(cell: Cell) -> str | None:
     source = models.located(cell.model)
     if source is None or not (source / "config.json").is_file():
         return None
-    return _refused(source, cell.method.options["scheme"])
+    return _refused(cell, source)
 
 
-@cache
-def _refused(source: Path, scheme: str) -> str | None:
-    if scheme != "block":
+def _refused(cell: Cell, source: Path) -> str | None:
+    if cell.method.options["scheme"] != "block":
         return None
-    linears = inspection.decoder_linears(inspection.read_headers(source))
+    linears = widths.rounded(cell, source)
     bad = [name for name, shape in linears.items() if any(size % _BLOCK for size in shape)]
     if not bad:
         return None
@@ -107,7 +105,7 @@ def quantize(cell: Cell, source: Path, out: Path) -> Built:
         Unsupported: the source is quantized already, or blocks do not divide its layers.
     """
     scheme = Options(**cell.method.options).scheme
-    _checkpoint.refuse(_refused(source, scheme))
+    _checkpoint.refuse(_refused(cell, source))
     return llmc.quantize(cell, source, out, lambda _: _SCHEMES[scheme], _recipe)
 
 

@@ -35,7 +35,10 @@ def check_config(folder: Path, base: Path) -> Check:
     """What the two configs, filled in by the library, say of the architecture."""
     from transformers import AutoConfig
 
-    told, expected = (AutoConfig.from_pretrained(each).to_dict() for each in (folder, base))
+    told, expected = (
+        AutoConfig.from_pretrained(each, trust_remote_code=False).to_dict()
+        for each in (folder, base)
+    )
     wrong = [
         f"{key} is {_short(told.get(key))}, not {_short(expected.get(key))}"
         for key in sorted(told.keys() | expected.keys())

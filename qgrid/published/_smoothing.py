@@ -74,9 +74,12 @@ def accounted(fit: Fit, norms: Iterable[Array], others: Iterable[Fit]) -> bool:
     others = list(others)
     rows = _even(fit.rows)
     if _near(rows, 1):
-        return any(_near(fit.plain, norm) for norm in norms) or _inverse(
-            _even(fit.plain), (each.rows for each in others)
-        )
+        if any(_near(fit.plain, norm) for norm in norms):
+            return True
+        even = _even(fit.plain)
+        if _near(even, 1):  # all columns alike: nothing was moved, they are too large or too small
+            return _near(fit.plain, 1)
+        return _inverse(even, (each.rows for each in others))
     if not _inverse(rows, (each.columns for each in others)):
         return False
     columns = _even(fit.columns)

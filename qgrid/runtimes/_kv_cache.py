@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qgrid import quanto_library
 from qgrid.types import Check
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ def for_decoding(model: Any, asked: Quantization) -> Any:
 def _made(model: Any, asked: Quantization, residual: int) -> Any:
     from transformers import QuantizedCache
 
+    if asked.backend == "quanto":
+        quanto_library.library()
     axis = _AXES[asked.backend]
     made = QuantizedCache(
         asked.backend,
