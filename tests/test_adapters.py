@@ -339,6 +339,25 @@ def test_another_base_is_refused_until_somebody_says_what_it_was(
     copied = shutil.copytree(demo.MODEL_DIR, tmp_path / "copied")
     same = made.write(tmp_path / "same", copied)  # the embedded model elsewhere
     assert adapter_fit.refusal(made.model(same)) is None
+    file = copied / "model.safetensors"  # a fine-tune of it: all names, shapes and sizes are equal
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert "which holds other files than `model.id=qgrid/tiny`" in refusal(same)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"r": None}, "has `r=None`, which should be a number above 0"),
+        ({"lora_alpha": "much"}, "has `lora_alpha=much`, which should be a number above 0"),
+        ({"rank_pattern": {"q_proj": True}}, "has `q_proj=True`, which should be a number above 0"),
+        ({"rank_pattern": {"(q_proj": 4}}, r"has the pattern `(q_proj`, which is none"),
+    ],
+)
+def test_numbers_that_are_none_are_named(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    assert said in refusal(made.write(tmp_path / "a", demo.MODEL_DIR, changes))
 
 
 def test_a_base_that_brings_an_adapter_is_refused(adapter: Path, tmp_path: Path) -> None:
