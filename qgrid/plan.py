@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qgrid import adapters, baseline, codec, estimate, legality, registry
+from qgrid import adapters, baseline, codec, estimate, legality, registry, widths
 from qgrid import facts as lookups
 from qgrid.types import Cell, Choice, Dtype, Method, MethodSupport, PlannedCell
 
@@ -143,7 +143,13 @@ def _weight_bytes(cell: Cell, sizes: estimate.Architecture) -> float:
     if whole is not None:
         return sizes.total_weights * float(whole(cell.bits, options)) / 8
     linear = getattr(method, "linear_bits_per_weight", None)
-    return sizes.weight_bytes(float(cell.bits) if linear is None else linear(cell.bits, options))
+
+    def stored(bits: int) -> float:
+        if linear is None or bits >= baseline.UNQUANTIZED:
+            return float(bits)
+        return float(linear(bits, options))
+
+    return sizes.weight_bytes(widths.mean(cell, stored))
 
 
 def _adapter_bytes(cell: Cell, facts: Facts) -> int:

@@ -6,7 +6,7 @@ is. Where several patterns match a layer, the longest one counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,21 @@ def others(cell: Cell, source: Path) -> dict[int, list[str]]:
         if bits != cell.bits:
             found.setdefault(bits, []).append(layer)
     return found
+
+
+def mean(cell: Cell, stored: Callable[[int], float]) -> float:
+    """Bits per weight of all linear layers, from those of a width: the cell's own without `keep`.
+
+    The same while the model is not on this machine.
+    """
+    source = models.located(cell.model) if cell.method.options.get("keep") else None
+    if source is None or not (source / "config.json").is_file():
+        return stored(cell.bits)
+    layers = inspection.decoder_linears(inspection.read_headers(source))
+    weights = {name: rows * columns for name, (rows, columns) in layers.items()}
+    asked = by_layer(cell, source)
+    bits = sum(stored(asked[name]) * count for name, count in weights.items())
+    return bits / sum(weights.values()) if weights else stored(cell.bits)
 
 
 def refusal(cell: Cell, allowed: Iterable[int]) -> str | None:

@@ -96,3 +96,10 @@ def test_groups_need_not_divide_what_is_left_out(method: str, make: Callable[...
     assert "does not divide the columns of 12 layers" in refused
     keep = {"*": 16, "model.layers.*.mlp.down_proj": 4}  # whose columns are 512
     assert own.refusal(make(method, 4, keep, group_size=512).planned.cell) is None
+
+
+def test_memory_is_planned_with_the_layers_that_are_kept(make: Callable[..., Job]) -> None:
+    """A random model of two equal layers: one at 16 bits, one at 4."""
+    cell = make("rtn", 4, {FIRST: 16}).planned.cell
+    assert widths.mean(cell, float) == pytest.approx(10)
+    assert widths.mean(make("rtn", 4, {}).planned.cell, float) == 4
