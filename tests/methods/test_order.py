@@ -26,9 +26,9 @@ Divergence = Callable[..., Array]
 
 MODEL = Path(__file__).parents[2] / "qgrid" / "demo" / "model"
 CALIBRATION = Calibration(
-    "t", "package:qgrid.demo/slices/calibration.jsonl", None, None, "train", "text", 8, 256
+    "t", "package:qgrid.demo/slices/calibration.jsonl", None, None, "train", "text", 16, 256
 )
-TOKENS, CONTEXT = 4096, 256
+TOKENS, CONTEXT = 8192, 256
 RUNTIME = "transformers"
 SEVERAL = sorted(
     name
@@ -120,5 +120,6 @@ def test_gptq_is_not_worse_than_rounding(
 
 @pytest.mark.slow
 def test_awq_is_not_worse_than_rounding_by_group(divergence: Divergence) -> None:
+    """With all the text of `calibration=tiny`: with half of it the search was 0.0014 worse."""
     apart, error = difference(divergence("awq", 4), divergence("rtn", 4))
     assert apart <= WITHIN * error, f"{apart:.5f} +- {error:.5f}"
