@@ -92,6 +92,12 @@ def located(model: Model) -> Path | None:
         return None
 
 
+def known(model: Model) -> Path | None:
+    """The same, where `config.json` is there as well: a hub's cache may hold other files only."""
+    folder = located(model)
+    return folder if folder is not None and (folder / "config.json").is_file() else None
+
+
 def identity(model: Model, cache: HashCache | None = None) -> dict[str, str]:
     """What of the model enters the artifact id.
 

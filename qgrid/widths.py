@@ -54,8 +54,8 @@ def mean(cell: Cell, stored: Callable[[int], float]) -> float:
 
     The same while the model is not on this machine.
     """
-    source = models.located(cell.model) if cell.method.options.get("keep") else None
-    if source is None or not (source / "config.json").is_file():
+    source = models.known(cell.model) if cell.method.options.get("keep") else None
+    if source is None:
         return stored(cell.bits)
     layers = inspection.decoder_linears(inspection.read_headers(source))
     weights = {name: rows * columns for name, (rows, columns) in layers.items()}
@@ -78,8 +78,8 @@ def refusal(cell: Cell, allowed: Iterable[int]) -> str | None:
                 f"`method.keep` gives `{pattern}` {bits} bits, which `{cell.method.name}` cannot "
                 f"(has: {', '.join(map(str, can))})"
             )
-    source = models.located(cell.model)
-    if not keep or source is None or not (source / "config.json").is_file():
+    source = models.known(cell.model)
+    if not keep or source is None:
         return None
     return _unmatched(cell, keep, source)
 

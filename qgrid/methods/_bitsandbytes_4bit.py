@@ -17,9 +17,6 @@ from qgrid.published import bitsandbytes as published
 from qgrid.types import Cell, Check, MethodSupport
 
 _BITS = (4,)
-_BLOCK = 64  # weights a scale covers
-_NESTED_BLOCK = 256  # scales that share a second scale
-_STATE_BYTES, _NESTED_STATE_BYTES = 80, 170  # a line of JSON a layer, a few digits more or less
 
 
 @dataclass(frozen=True)
@@ -53,13 +50,7 @@ def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
 
 def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:
     """Stored bits per weight of one linear layer: codes, scales, the tables and the state."""
-    weights = rows * columns
-    blocks = -(-weights // _BLOCK)
-    nested = -(-blocks // _NESTED_BLOCK)
-    double = options["double_quant"]
-    scales = 8 * blocks + 32 * nested + 32 * 256 if double else 32 * blocks
-    tables = 32 * 16 + 8 * (_NESTED_STATE_BYTES if double else _STATE_BYTES)
-    return (bits * weights + scales + tables) / weights
+    return published.four_bit_width(rows * columns, options["double_quant"])
 
 
 def checks(folder: Path, cell: Cell) -> Sequence[Check]:

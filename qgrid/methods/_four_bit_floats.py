@@ -46,8 +46,8 @@ def refusal(group_size: int, cell: Cell) -> str | None:
     """Why the cell's model cannot be stored so; None if it can, or is not on this machine."""
     if reason := widths.refusal(cell, BITS):
         return reason
-    source = models.located(cell.model)
-    if source is None or not (source / "config.json").is_file():
+    source = models.known(cell.model)
+    if source is None:
         return None
     return _indivisible(cell, source, group_size)
 

@@ -74,8 +74,8 @@ def refusal(cell: Cell, layout: Layout) -> str | None:
             f"`method.keep` is not there in `method.format={layout}`, of which transformers 5.17.0 "
             "reads one width for all layers; leave it out or use `method.format=compressed-tensors`"
         )
-    source = models.located(cell.model)
-    if source is None or not (source / "config.json").is_file():
+    source = models.known(cell.model)
+    if source is None:
         return None
     return unpackable(source, layout, packed.weights(cell.bits, cell.method.options).group_size)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import inspection, models, widths
+from qgrid import inspection, widths
 from qgrid.contracts import Built, InvalidEngine, Unsupported
 from qgrid.methods import _checkpoint
 
@@ -192,9 +192,3 @@ def _tensors(folder: Path, device: torch.device) -> dict[str, torch.Tensor]:
     for path in inspection.weight_files(folder):
         found |= load_file(path, device=str(device))
     return found
-
-
-def known(cell: Cell) -> Path | None:
-    """The cell's 16-bit checkpoint where it is on this machine."""
-    source = models.located(cell.model)
-    return source if source is not None and (source / "config.json").is_file() else None

@@ -96,8 +96,8 @@ def refusal(cell: Cell) -> str | None:
     """
     if reason := widths.refusal(cell, BITS):
         return reason
-    source = models.located(cell.model)
-    if source is None or not (source / "config.json").is_file():
+    source = models.known(cell.model)
+    if source is None:
         return None
     return _indivisible(cell, source)
 

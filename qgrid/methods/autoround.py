@@ -93,8 +93,8 @@ def refusal(cell: Cell) -> str | None:
     options = cell.method.options
     if reason := _unpacked(options) or _ragged(cell) or widths.refusal(cell, packed.BITS):
         return reason
-    source = models.located(cell.model)
-    if source is None or not (source / "config.json").is_file():
+    source = models.known(cell.model)
+    if source is None:
         return None
     return _unfit(cell, source)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from qgrid import inspection, widths
+from qgrid import inspection, models, widths
 from qgrid.methods import _checkpoint, _layerwise
 from qgrid.types import MethodSupport
 
@@ -71,7 +71,7 @@ def refusal(cell: Cell) -> str | None:
     options = cell.method.options
     if reason := widths.refusal(cell, _BITS):
         return reason
-    source = _layerwise.known(cell)
+    source = models.known(cell.model)
     used = {cell.bits, *(options["keep"] or {}).values()} - {widths.UNQUANTIZED}
     if source is None:
         return None

@@ -42,13 +42,17 @@ def stored_bits(config: Config, rows: int, columns: int) -> tuple[float, float]:
     if settings.get("load_in_8bit"):
         plain = 8 + 32 * rows / weights
         return plain, plain + 8 / weights  # a byte of the form, which old files lack
-    double = bool(settings.get("bnb_4bit_use_double_quant"))
+    exact = four_bit_width(weights, bool(settings.get("bnb_4bit_use_double_quant")))
+    return exact, exact
+
+
+def four_bit_width(weights: int, double: bool) -> float:
+    """Bits per weight of a 4-bit layer: codes, scales (`double`: as codes), tables, state."""
     blocks = -(-weights // _BLOCK)
     nested = -(-blocks // _NESTED_BLOCK)
     scales = 8 * blocks + 32 * nested + 32 * 256 if double else 32 * blocks
     tables = 32 * 16 + 8 * (_NESTED_STATE_BYTES if double else _STATE_BYTES)
-    exact = (4 * weights + scales + tables) / weights
-    return exact, exact
+    return (4 * weights + scales + tables) / weights
 
 
 def weights(config: Config, layer: Layer) -> Array:

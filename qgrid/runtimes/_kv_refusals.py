@@ -64,8 +64,8 @@ def _refused_package(asked: Quantization) -> str | None:
 
 
 def _refused_model(cell: Cell, asked: Quantization) -> str | None:
-    folder = models.located(cell.model)
-    if folder is None or not (folder / "config.json").is_file():
+    folder = models.known(cell.model)
+    if folder is None:
         return None
     if _slides(folder):
         return sliding(cell)
