@@ -14,9 +14,11 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # as in a worker
 
 import pytest
 
-from qgrid import config, registry
+from qgrid import choices, config, plan, registry
+from qgrid.facts import Facts
+from qgrid.files import HashCache
 from qgrid.hydra_entry import PLUGINS
-from qgrid.types import Cell, Gpu, KvCache, Method, Model, Runtime, Slices, Workload
+from qgrid.types import Cell, Gpu, KvCache, Method, Model, PlannedCell, Runtime, Slices, Workload
 
 CHAT = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -149,3 +151,21 @@ def compose(searchpath: list[Path]) -> Iterator[config.Compose]:
             )
 
         yield one
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> Facts:
+    """What a plan looks up, remembered in a folder of the test's own."""
+    return Facts(HashCache(tmp_path / "hashes.json"))
+
+
+@pytest.fixture
+def planned(compose: config.Compose, facts: Facts) -> Callable[..., list[PlannedCell]]:
+    """The plan of a grid: `planned("method=rtn,gptq", "bits=4")`."""
+
+    def build(*overrides: str) -> list[PlannedCell]:
+        reader = choices.Reader()
+        grid = config.expand(compose, config.parse(overrides, None))
+        return plan.build((reader.choice(values) for values in grid), facts)
+
+    return build

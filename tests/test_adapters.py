@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qgrid import adapter_fit, adapters, choices, codec, config, demo, models, plan, registry
+from qgrid import adapter_fit, adapters, codec, config, demo, models, plan, registry
 from qgrid.facts import Facts
 from qgrid.files import HashCache
 from qgrid.methods import _checkpoint
@@ -26,21 +26,6 @@ Plan = Callable[..., list[PlannedCell]]
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained adapter of the embedded model."""
     return made.write(tmp_path_factory.mktemp("adapters") / "first", demo.MODEL_DIR)
-
-
-@pytest.fixture
-def facts(tmp_path: Path) -> Facts:
-    return Facts(HashCache(tmp_path / "hashes.json"))
-
-
-@pytest.fixture
-def planned(compose: config.Compose, facts: Facts) -> Plan:
-    def build(*overrides: str) -> list[PlannedCell]:
-        reader = choices.Reader()
-        grid = config.expand(compose, config.parse(overrides, None))
-        return plan.build((reader.choice(values) for values in grid), facts)
-
-    return build
 
 
 def only(cells: list[PlannedCell], **fields: Any) -> PlannedCell:

@@ -13,25 +13,9 @@ import pytest
 from qgrid import choices, codec, config, environment, plan, sweep
 from qgrid import facts as facts_module
 from qgrid.facts import Facts
-from qgrid.files import HashCache
 from qgrid.types import Choice, DeviceKind, PlannedCell
 
 Plan = Callable[..., list[PlannedCell]]
-
-
-@pytest.fixture
-def facts(tmp_path: Path) -> Facts:
-    return Facts(HashCache(tmp_path / "hashes.json"))
-
-
-@pytest.fixture
-def planned(compose: config.Compose, facts: Facts) -> Plan:
-    def build(*overrides: str) -> list[PlannedCell]:
-        reader = choices.Reader()
-        grid = config.expand(compose, config.parse(overrides, None))
-        return plan.build((reader.choice(values) for values in grid), facts)
-
-    return build
 
 
 def label(cell: PlannedCell) -> str:
