@@ -86,5 +86,6 @@ def _label(node: Mapping[str, Any], telling: Sequence[str]) -> str:
     for key in telling:
         short, value = key.rpartition(".")[2], node.get(key)
         if value is not False:
-            parts.append(short if value is True else f"{short}={value}")
+            told = "null" if value is None else value  # as it is written in YAML
+            parts.append(short if value is True else f"{short}={told}")
     return " ".join([_name(node), *parts])

@@ -11,11 +11,14 @@ import torch
 
 from qgrid import registry
 from qgrid.runtimes import transformers as runtime
-from qgrid.types import Cell, Method, Model
+from qgrid.types import Calibration, Cell, Method, Model
 from tests import jobs
 
 DEMO = Path(__file__).parents[2] / "qgrid" / "demo"
 MODEL = DEMO / "model"
+CALIBRATION = Calibration(
+    "t", "package:qgrid.demo/slices/calibration.jsonl", None, None, "train", "text", 8, 128
+)
 Made = Callable[..., tuple[Path, Cell]]
 
 
@@ -31,6 +34,7 @@ def maker(make_cell: Callable[..., Cell], folder: Callable[[str], Path]) -> Made
                 model=Model("demo", str(MODEL), None, False, False),
                 method=Method(method, jobs.options(method, **changes)),
                 bits=bits,
+                calibration=CALIBRATION if registry.method(method).SUPPORTS.calibrated else None,
             )
             registry.method(method).quantize(cell, MODEL, out)
             known[key] = out, cell

@@ -154,7 +154,7 @@ def test_only_varying_axes_have_columns(sweep: Sweep) -> None:
     labels = rows.groups([*sweep.planned, more], sweep.records)[0][-1].labels
     assert list(labels) == ["method", "bits", "kv_cache", "context"]
     found = {each.labels["method"] for each in rows.groups([*sweep.planned, more], [])[0]}
-    assert {"nf4 group_size=None", "nf4 group_size=32"} <= found
+    assert {"nf4 group_size=null", "nf4 group_size=32"} <= found
 
 
 def test_rows_of_another_setting_form_a_group(sweep: Sweep) -> None:
