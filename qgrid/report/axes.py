@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ def labels(cells: Sequence[Cell]) -> list[dict[str, str]]:
     """For each cell, axis -> label; `method` and `bits` first, then only axes that vary.
 
     A label is the choice's name; choices of one name that differ carry the values that tell them
-    apart (`gptq group_size=32`).
+    apart (`gptq group_size=32`), but for what most of them have.
     """
     columns = {
         axis: _labels([getattr(cell, axis) for cell in cells]) for axis in (*ALWAYS, *OTHERS)
@@ -61,7 +62,7 @@ def _labels(values: Sequence[Any]) -> list[str]:
         same = by_name.setdefault(_name(node), [])
         if node not in same:
             same.append(node)
-    telling = {name: _differing(same) for name, same in by_name.items()}
+    telling = {name: _telling(same) for name, same in by_name.items()}
     return [_label(node, telling[_name(node)]) for node in nodes]
 
 
@@ -75,17 +76,29 @@ def _name(node: Mapping[str, Any]) -> str:
     return ABSENT if value is None else str(value)
 
 
-def _differing(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+def _telling(nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Keys in which choices differ -> the value that goes without saying.
+
+    It is what more than half of them have, else a switch that is off.
+    """
     keys = dict.fromkeys(key for node in nodes for key in node)
-    return [key for key in keys if len({repr(node.get(key)) for node in nodes}) > 1]
+    found: dict[str, Any] = {}
+    for key in keys:
+        values = [node.get(key) for node in nodes]
+        known = Counter(map(repr, values))
+        ((usual, count),) = known.most_common(1)
+        if len(known) > 1:
+            often = 2 * count > len(values)
+            found[key] = next(v for v in values if repr(v) == usual) if often else False
+    return found
 
 
-def _label(node: Mapping[str, Any], telling: Sequence[str]) -> str:
-    """The name, and what tells it apart; a switch is named where it is on."""
+def _label(node: Mapping[str, Any], telling: Mapping[str, Any]) -> str:
+    """The name, and what tells it apart, written as in YAML; a switch that is on by its name."""
     parts = []
-    for key in telling:
+    for key, usual in telling.items():
         short, value = key.rpartition(".")[2], node.get(key)
-        if value is not False:
-            told = "null" if value is None else value  # as it is written in YAML
+        if repr(value) != repr(usual):
+            told = json.dumps(value) if value is None or value is False else value
             parts.append(short if value is True else f"{short}={told}")
     return " ".join([_name(node), *parts])

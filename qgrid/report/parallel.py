@@ -179,9 +179,9 @@ def _line(shown: Sequence[Row]) -> dict[str, Any]:
     known = [value for value in distances if value is not None and value > 0]
     if not known or None in distances:
         return {"color": [row.planned.cell.bits for row in shown], "colorscale": "Viridis"}
-    floor = math.log10(min(known))
+    least = min(known)  # a baseline's own is 0, and rounding makes one of 0 a little less
     return {
-        "color": [math.log10(value) if value else floor for value in distances],
+        "color": [math.log10(max(value or least, least)) for value in distances],
         "colorscale": _COLOURS,
     }
 

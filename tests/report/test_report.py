@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from qgrid import codec, files, records, report
-from qgrid.report import flat, markdown, rows, screen, sheet
+from qgrid.report import axes, flat, html, markdown, rows, screen, sheet
 from qgrid.types import Failure, KvCache, Measurement
 
 if TYPE_CHECKING:
@@ -155,6 +155,28 @@ def test_only_varying_axes_have_columns(sweep: Sweep) -> None:
     assert list(labels) == ["method", "bits", "kv_cache", "context"]
     found = {each.labels["method"] for each in rows.groups([*sweep.planned, more], [])[0]}
     assert {"nf4 group_size=null", "nf4 group_size=32"} <= found
+
+
+def test_what_most_choices_share_goes_without_saying(sweep: Sweep) -> None:
+    cell = sweep.planned[2].cell
+    asked = [{}, {"group_size": 64}, {"symmetric": False}, {"group_size": None}, {"batch": 0}]
+    usual = {"group_size": 128, "symmetric": True, "batch": 1}
+    cells = [replace(cell, method=replace(cell.method, options=usual | each)) for each in asked]
+    assert [each["method"] for each in axes.labels(cells)] == [
+        "nf4", "nf4 group_size=64", "nf4 symmetric=false", "nf4 group_size=null", "nf4 batch=0",
+    ]  # fmt: skip
+    switched = [replace(cell, method=replace(cell.method, options={"on": on})) for on in (0, 0, 1)]
+    assert [each["method"] for each in axes.labels(switched)] == [
+        "nf4 on=0",
+        "nf4 on=0",
+        "nf4 on=1",
+    ]
+
+
+def test_a_divergence_below_zero_is_drawn_as_the_least(sweep: Sweep, make_number: Number) -> None:
+    """Rounding makes one of a cell that computes the same a little less than 0."""
+    less = sweep.measured("nf4", 4, make_number("kld_mean", -1e-9))
+    assert 'id="parallel"' in html.render("less", sheet.build(less.planned, less.records), [])
 
 
 def test_rows_of_another_setting_form_a_group(sweep: Sweep) -> None:
