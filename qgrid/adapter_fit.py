@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,12 +168,23 @@ def _require_pairs(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, 
             )
 
 
+def scaling(config: Mapping[str, Any], layer: str) -> float:
+    """What the product of a layer's two matrices is multiplied by."""
+    alpha = float(_of_layer(config, "alpha_pattern", "lora_alpha", layer))
+    rank = _rank(config, layer)
+    return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
+
+
 def _rank(config: Mapping[str, Any], layer: str) -> int:
-    """The rank of a layer: `r`, or what the first fitting pattern says (PEFT's rule)."""
-    for pattern, rank in (config.get("rank_pattern") or {}).items():
+    return int(_of_layer(config, "rank_pattern", "r", layer))
+
+
+def _of_layer(config: Mapping[str, Any], patterns: str, key: str, layer: str) -> Any:
+    """A layer's own number: `key`, or what the first fitting pattern says (PEFT's rule)."""
+    for pattern, value in (config.get(patterns) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", layer):
-            return int(rank)
-    return int(config["r"])
+            return value
+    return config[key]
 
 
 def _require_fit(found: Fit, folder: Path, model: Model, base: Path) -> None:

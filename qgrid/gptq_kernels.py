@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qgrid import device as devices
 from qgrid import inspection
 from qgrid.contracts import Unsupported
+from qgrid.types import Gpu
 
 AUTO = "auto"  # the library's own choice, among those that compute in the dtype asked for
 PLAIN = "torch"  # unpacks all weights in every pass; the only one with fp32 arithmetic
@@ -28,10 +30,12 @@ class Kernel:
 
     bits: tuple[int, ...]
     devices: tuple[str, ...]
+    capability: str | None = None  # the least that a GPU must have
 
 
 _BOTH = ("cpu", "cuda")
-# From the kernels' own declarations in gptqmodel 7.6.0 (`SUPPORTS_BITS`, `SUPPORTS_DEVICES`).
+# From the kernels' own declarations in gptqmodel 7.6.0 (`SUPPORTS_BITS`, `SUPPORTS_DEVICES`,
+# `validate_device`). Machete is for Hopper alone, which the library says of a later GPU itself.
 KERNELS: dict[str, dict[str, Kernel]] = {
     "gptq": {
         "torch": Kernel((2, 3, 4, 8), _BOTH),
@@ -40,8 +44,8 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         "torch_int8": Kernel((2, 4, 8), ("cpu",)),
         "triton": Kernel((2, 4, 8), ("cuda",)),
         "exllama_v2": Kernel((4,), ("cuda",)),
-        "marlin": Kernel((4, 8), ("cuda",)),
-        "machete": Kernel((4, 8), ("cuda",)),
+        "marlin": Kernel((4, 8), ("cuda",), "sm_75"),
+        "machete": Kernel((4, 8), ("cuda",), "sm_90"),
     },
     "awq": {
         "torch": Kernel((4,), _BOTH),
@@ -51,8 +55,8 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         "gemm": Kernel((4,), ("cuda",)),
         "gemm_triton": Kernel((4,), ("cuda",)),
         "exllama_v2": Kernel((4,), ("cuda",)),
-        "marlin": Kernel((4,), ("cuda",)),
-        "machete": Kernel((4,), ("cuda",)),
+        "marlin": Kernel((4,), ("cuda",), "sm_80"),
+        "machete": Kernel((4,), ("cuda",), "sm_90"),
     },
 }
 
@@ -65,7 +69,7 @@ def available(layout: str, bits: int, device: str) -> tuple[str, ...]:
     )
 
 
-def refusal(kernel: str, layout: str, bits: int, device: str) -> str | None:
+def refusal(kernel: str, layout: str, bits: int, gpu: Gpu) -> str | None:
     """Why `kernel` cannot be had for an artifact; None if it can, as far as is known here."""
     if kernel == AUTO:
         return None
@@ -75,12 +79,13 @@ def refusal(kernel: str, layout: str, bits: int, device: str) -> str | None:
             f"`runtime.kernel={kernel}` chooses among kernels for the formats {formats}, but the "
             f"artifact is `{layout}`; set `runtime.kernel={AUTO}`"
         )
-    has = (AUTO, *available(layout, bits, device))
+    has = (AUTO, *available(layout, bits, gpu.kind))
     if kernel in has:
-        return None
+        lacks = devices.lack(gpu, KERNELS[layout][kernel].capability)
+        return None if lacks is None else f"`runtime.kernel={kernel}` {lacks}"
     return (
         f"there is no `runtime.kernel={kernel}` for the format `{layout}` with {bits} bits on "
-        f"{device} (has: {', '.join(has)})"
+        f"{gpu.kind} (has: {', '.join(has)})"
     )
 
 

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from qgrid import layouts, models
+from qgrid import adapters, layouts, models
 from qgrid.gguf import layers
 from qgrid.headers import (
     TornFile,
@@ -51,7 +51,11 @@ _ROPE_TABLE = re.compile(
 
 @dataclass(frozen=True)
 class Contents:
-    """The tensors of a folder and what they add up to; bits count scales and zero points."""
+    """The tensors of a folder and what they add up to; bits count scales and zero points.
+
+    What an adapter beside them takes is in `dtypes`, `tensor_types` and `bits_per_weight`, as its
+    merged sum would be; it is no further parameter.
+    """
 
     format: str
     tensors: Mapping[str, Tensor]
@@ -86,7 +90,8 @@ def inspect(folder: Path, base: Path | None = None, method: str = "quantized") -
         modules = _modules(tensors, linears, method)
         count = num_parameters(folder, original) or num_parameters(folder, tensors, linears)
     dtypes: dict[str, int] = defaultdict(int)
-    for tensor in tensors.values():
+    every = [*tensors.values(), *adapters.tensors(folder / adapters.FOLDER)]
+    for tensor in every:
         dtypes[tensor.dtype] += tensor.nbytes
     weights = sum(state.num_weights for state in modules.values())
     bits = sum(state.bits * state.num_weights for state in modules.values())
@@ -99,7 +104,7 @@ def inspect(folder: Path, base: Path | None = None, method: str = "quantized") -
         num_parameters=count,
         bits_per_weight=8 * sum(dtypes.values()) / count if count else 0.0,
         linear_bits_per_weight=bits / weights if weights else 0.0,
-        tensor_types=dict(Counter(tensor.dtype for tensor in tensors.values())),
+        tensor_types=dict(Counter(tensor.dtype for tensor in every)),
     )
 
 

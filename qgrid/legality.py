@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qgrid import adapters, estimate, registry
+from qgrid import adapters, device, estimate, registry
 from qgrid import facts as lookups
+from qgrid.contracts import Unreachable
 from qgrid.types import Cell, MethodSupport, Status
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def refusal(
     return (
         _refused_width(cell, support)
         or _refused_packages(cell, support)
+        or _refused_device(cell, support)
         or _refused_adapter(cell, support, facts)
         or _refused_by_method(cell, facts)
         or _refused_by_runtime(cell, support)
@@ -54,9 +56,16 @@ def _refused_packages(cell: Cell, support: MethodSupport) -> Refusal | None:
             return Refusal("unsupported", "packages", f"`{name}` {absent}")
         if wrong := lookups.broken(declared.broken, where, kind):
             return Refusal("unsupported", "versions", f"`{name}` {wrong}")
-    if support.needs_gpu and cell.gpu.kind == "cpu":
-        reason = f"method `{cell.method.name}` needs a GPU to quantize"
-        return Refusal("unsupported", "device", reason)
+    return None
+
+
+def _refused_device(cell: Cell, support: MethodSupport) -> Refusal | None:
+    """A device on which the method cannot quantize, or the runtime not compute."""
+    least = registry.runtime(cell.runtime.name).LOADS.capability
+    if lacks := device.lack(cell.gpu, support.capability, support.needs_gpu):
+        return Refusal("unsupported", "device", f"method `{cell.method.name}` {lacks}")
+    if lacks := device.lack(cell.gpu, least):
+        return Refusal("unsupported", "device", f"runtime `{cell.runtime.name}` {lacks}")
     return None
 
 
@@ -103,7 +112,11 @@ def _no_adapter_beside(cell: Cell, support: MethodSupport) -> str:
 
 def _refused_by_method(cell: Cell, facts: Facts) -> Refusal | None:
     """What the method itself says about this model, such as a group size that does not divide."""
-    if reason := facts.objection("refusal", cell):
+    try:
+        reason = facts.objection("refusal", cell)
+    except Unreachable as error:
+        return Refusal("crashed", "method", str(error))
+    if reason:
         return Refusal("unsupported", "method", reason)
     if reason := facts.objection("mismatch", cell):
         return Refusal("invalid", "method", reason)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import adapter_fit, adapters, headers, models
+from qgrid import adapter_fit, adapter_probe, adapters, headers, models
 from qgrid.contracts import InvalidEngine
 from qgrid.finite import nonfinite
 from qgrid.methods import _checkpoint
@@ -61,8 +61,8 @@ def merge(cell: Cell, base: Path, into: Path) -> Merged:
     return Merged(checks, ids, _checkpoint.logits(model, ids))
 
 
-def keep(cell: Cell, folder: Path) -> tuple[Check, ...]:
-    """Copy the cell's adapter into the artifact in `folder`, where `attach` finds it.
+def keep(cell: Cell, folder: Path, base: Path) -> tuple[Check, ...]:
+    """Copy the cell's adapter into the artifact in `folder` of `base`, where `attach` finds it.
 
     Raises:
         ModelNotFound: the adapter cannot be had.
@@ -76,16 +76,18 @@ def keep(cell: Cell, folder: Path) -> tuple[Check, ...]:
     wrong = nonfinite(target / adapters.WEIGHTS)
     goal = "no NaN or infinity in the adapter"
     told = "; ".join(f"{count} in {name}" for name, count in wrong.items()) or goal
-    return (Check("adapter_finite", not wrong, goal, told),)
+    finite = Check("adapter_finite", not wrong, goal, told)
+    return finite, adapter_probe.check_inputs(folder, base)
 
 
-def attach(model: Any, artifact: Path, dtype: str) -> None:
-    """Put the adapter in an artifact beside the layers of a loaded model, computing in `dtype`.
+def attach(model: Any, artifact: Path, method: str, dtype: str) -> None:
+    """Put the adapter in an artifact beside the layers that `method` made, computing in `dtype`.
 
     The model itself stays what it is: its layers are replaced by ones that hold them.
 
     Raises:
-        InvalidEngine: PEFT wrapped other layers than the adapter has.
+        InvalidEngine: PEFT wrapped other layers than the adapter has, or a layer does not add
+            the adapter's product.
         Unfit: the adapter's files are not what was kept.
     """
     import torch
@@ -97,6 +99,7 @@ def attach(model: Any, artifact: Path, dtype: str) -> None:
         if ".lora_" in name:
             parameter.data = parameter.data.to(getattr(torch, dtype))
     model.eval()
+    adapter_probe.require_products(model, method, folder, found, dtype)
 
 
 def _fitting(cell: Cell) -> adapter_fit.Fit:

@@ -98,6 +98,15 @@ def known(model: Model) -> Path | None:
     return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
+def completed(model: Model) -> Path:
+    """The folder of a hub id, with every file that its cache does not hold yet.
+
+    Raises:
+        ModelNotFound: it cannot be had; the hub's own error is its cause.
+    """
+    return _download(model, offline=False)
+
+
 def identity(model: Model, cache: HashCache | None = None) -> dict[str, str]:
     """What of the model enters the artifact id.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qgrid import adapters, baseline, codec, estimate, legality, registry, widths
+from qgrid import adapters, baseline, codec, estimate, idle, legality, registry, widths
 from qgrid import facts as lookups
 from qgrid.types import Cell, Choice, Dtype, Method, MethodSupport, PlannedCell
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qgrid.facts import Facts
 
 _BYTES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+_LARGE = (4096, 4096)  # rows and columns of the layer that sizes are planned with
 
 
 class EmptyGrid(ValueError):
@@ -63,7 +64,7 @@ def _planned(choice: Choice, facts: Facts) -> tuple[PlannedCell, legality.Refusa
         model=adapters.settled(choice.model),
         method=method,
         bits=bits,
-        runtime=choice.runtime,
+        runtime=idle.settled(choice.runtime, choice.kv_cache),
         gpu=facts.gpu(choice.gpu, registry.runtime(choice.runtime.name).LOADS.remote),
         kv_cache=choice.kv_cache,
         calibration=choice.calibration if _calibrates(method, support) else None,
@@ -72,7 +73,8 @@ def _planned(choice: Choice, facts: Facts) -> tuple[PlannedCell, legality.Refusa
         context=choice.context,
         seed=choice.seed,
     )
-    notes = (*notes, *adapters.unheard(choice.model))
+    notes = (*notes, *adapters.unheard(choice.model), *widths.unheard(choice.method))
+    notes = (*notes, *idle.unheard(choice.runtime, choice.kv_cache))
     planned, refusal = judged(cell, facts)
     return replace(planned, notes=_joined(notes, planned.notes)), refusal
 
@@ -142,12 +144,13 @@ def _weight_bytes(cell: Cell, sizes: estimate.Architecture) -> float:
     whole = getattr(method, "bits_per_weight", None)
     if whole is not None:
         return sizes.total_weights * float(whole(cell.bits, options)) / 8
-    linear = getattr(method, "linear_bits_per_weight", None)
+    exact = getattr(method, "stored_bits", None)
 
     def stored(bits: int) -> float:
-        if linear is None or bits >= baseline.UNQUANTIZED:
+        if exact is None or bits >= baseline.UNQUANTIZED:
             return float(bits)
-        return float(linear(bits, options))
+        found = exact(bits, options, *_LARGE)
+        return float(max(found) if isinstance(found, tuple) else found)
 
     return sizes.weight_bytes(widths.mean(cell, stored))
 

@@ -1,8 +1,10 @@
 """optimum-quanto, imported so that it compiles nothing.
 
-On a CPU it would compile a few lines of C++ to unpack codes of 2 and 4 bits when it first meets
-some: that needs a compiler and ninja, and writes into the library's own folder, where two
-processes meet. The same calls of torch are put in their place.
+It would compile a few lines of C++, or of CUDA, to unpack codes of 2 and 4 bits when it first meets
+some, and on a GPU kernels for int4 in fp16 (AWQ's) and for E4M3 (Marlin's): that needs a compiler
+and ninja, and writes into the library's own folder, where two processes meet. Torch unpacks in
+their place, on every device; those kernels are not chosen, so that torch multiplies what it
+unpacked.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ if TYPE_CHECKING:
     import torch
 
 
+_FOR_CPU, _FOR_CUDA = "quanto_cpp", "quanto_cuda"
+
+
 class _Unpacking:
-    """What the compiled extension offers."""
+    """What the compiled extensions offer to unpack."""
 
     @staticmethod
     def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -28,7 +33,10 @@ class _Unpacking:
 def library() -> Any:
     """The package `optimum.quanto`."""
     from optimum import quanto
-    from optimum.quanto.library.extensions import get_extension
+    from optimum.quanto.library.extensions import extension
 
-    get_extension("quanto_cpp")._lib = _Unpacking
+    extension.get_extension(_FOR_CPU)._lib = _Unpacking
+    for_cuda = extension._extensions.pop(_FOR_CUDA, None)  # who asks for it takes other kernels
+    if for_cuda is not None:
+        for_cuda._lib = _Unpacking
     return quanto

@@ -276,6 +276,7 @@ class MethodSupport:
     packages: tuple[str, ...]  # distributions whose locked versions are part of the artifact id
     calibrated: bool  # a method whose options decide has a `calibrates` beside it
     needs_gpu: bool = False
+    capability: str | None = None  # the least that a GPU must have, where it is on one: "sm_75"
     environment: str = "main"
     stores_weights: bool = True  # False: config and tokenizer only, the width as stated
     from_base: bool = True  # False: the weights are somebody else's, so that none can be merged
@@ -289,6 +290,7 @@ class RuntimeSupport:
     loads: Mapping[DeviceKind, tuple[str, ...]]
     kv_cache: Mapping[DeviceKind, tuple[str, ...]]
     packages: tuple[str, ...]
+    capability: str | None = None  # the least that a GPU must have, where it is on one: "sm_75"
     environment: str = "main"
     baseline: str = "none"  # the method that makes the 16-bit weights that it loads
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")  # that it can compute in
@@ -368,6 +370,8 @@ class Manifest:
     seconds: float
     peak_memory_bytes: int | None  # of the build; None where the system keeps no such figure
     tensor_types: Mapping[str, int] = field(default_factory=dict)  # stored dtype -> tensors
+    # linear layers that were left as they were: name or pattern -> why
+    modules_skipped: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

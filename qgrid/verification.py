@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qgrid import environment, inspection, models, phrases, registry, widths
+from qgrid import adapters, environment, inspection, models, phrases, registry, widths
 from qgrid.envs import locks
 from qgrid.files import HashCache
 from qgrid.fingerprint import difference
@@ -208,6 +208,12 @@ def own_checks(folder: Path, cell: Cell) -> tuple[Check, ...]:
     """What the cell's method itself says about stored files."""
     own = getattr(registry.method(cell.method.name), "checks", None)
     return () if own is None else tuple(own(folder, cell))
+
+
+def support(cell: Cell) -> MethodSupport:
+    """What the cell's method declares, and what the model's adapter needs."""
+    found = registry.support(cell.method)
+    return replace(found, packages=(*found.packages, *adapters.packages(cell.model)))
 
 
 def check_environment(support: MethodSupport) -> Check:

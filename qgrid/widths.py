@@ -7,6 +7,7 @@ is. Where several patterns match a layer, the longest one counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,17 +15,41 @@ from typing import TYPE_CHECKING, Any
 from qgrid import inspection, models
 
 if TYPE_CHECKING:
-    from qgrid.types import Cell
+    from qgrid.types import Cell, Method
 
 UNQUANTIZED = 16
 HEAD = "lm_head"  # at 16 bits in every method whose library leaves out layers by name
+_AS_IT_IS = (HEAD, UNQUANTIZED)
 
 
 def of(bits: int, options: Mapping[str, Any], layer: str) -> int:
     """The width that a linear layer is to have where the method's is `bits`."""
-    keep: Mapping[str, int] = options.get("keep") or {}
-    found = [pattern for pattern in keep if fnmatchcase(layer, pattern)]
-    return keep[max(found, key=lambda each: (len(each), each))] if found else bits
+    named = pattern(options, layer)
+    return bits if named is None else int(options["keep"][named])
+
+
+def pattern(options: Mapping[str, Any], layer: str) -> str | None:
+    """The pattern of `keep` that counts for a layer; None: none names it."""
+    found = [each for each in options.get("keep") or {} if fnmatchcase(layer, each)]
+    return max(found, key=lambda each: (len(each), each)) if found else None
+
+
+def settled(method: Method) -> Method:
+    """The method without what `keep` need not say: one cell for all such choices."""
+    keep = method.options.get("keep")
+    if keep is None:
+        return method
+    told = {pattern: bits for pattern, bits in keep.items() if (pattern, bits) != _AS_IT_IS}
+    return replace(method, options={**method.options, "keep": told or None})
+
+
+def unheard(method: Method) -> tuple[str, ...]:
+    """A remark where `keep` says nothing, or what would be so without it."""
+    keep = method.options.get("keep")
+    if keep is None or keep == settled(method).options["keep"]:
+        return ()
+    said = f"leaves `{HEAD}` at {UNQUANTIZED} bits, where it is anyway" if keep else "is empty"
+    return (f"`method.keep` {said}: the same cell as without that",)
 
 
 def by_layer(cell: Cell, source: Path) -> dict[str, int]:

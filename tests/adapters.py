@@ -73,6 +73,8 @@ def write(folder: Path, base: Path, changes: Mapping[str, Any] | None = None) ->
         a, b = torch.empty(2, columns), torch.empty(rows, 2)
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.normal_(0, 0.1, generator=generator)
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.normal_(0, 0.1, generator=generator)
+        if changes and changes.get("use_dora"):
+            tensors[f"base_model.model.{name}.lora_magnitude_vector"] = torch.ones(rows)
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     config: dict[str, Any] = {

@@ -49,7 +49,8 @@ def job(
     drawn = None
     if registry.method(method).SUPPORTS.calibrated:
         store.mkdir(parents=True, exist_ok=True)
-        drawn = calibration(texts(store))
+        short = {"samples": 4, "length": 32} if method == "awq" else {}  # its search takes long
+        drawn = calibration(texts(store), **short)
     cell = make(
         model=Model("random", str(model), None, False, False),
         method=Method(method, values),

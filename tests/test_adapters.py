@@ -176,6 +176,26 @@ def test_formats_that_rescale_inputs_keep_no_adapter() -> None:
     assert "awq" not in beside  # its scales go into the norms: the adapter would see other inputs
 
 
+def test_a_dora_stays_beside_16_bits_alone(planned: Plan, adapter: Path, tmp_path: Path) -> None:
+    """PEFT refuses it beside GPTQ's layers, and misreads bitsandbytes' once they are repacked."""
+    folder = made.write(tmp_path / "dora", demo.MODEL_DIR, {"use_dora": True})
+    for path, told in ((adapter, False), (folder, True)):
+        asked = (f"model.adapter={path}", "model.adapter_mode=merged,attached")
+        cells = planned("method=none,nf4,quanto", *asked)
+        cells += planned("method=gptq", "method.format=gptq,compressed-tensors", *asked)
+        reasons = {
+            (each.cell.method.name, each.cell.method.options.get("format")): each.reason or ""
+            for each in cells
+            if each.cell.model.adapter_mode == "attached"
+        }
+        assert not reasons["none", None]
+        for key in (("nf4", None), ("quanto", None), ("gptq", "gptq")):
+            assert ("has `use_dora=true`" in reasons[key]) is told, key
+        assert "keeps no adapter beside `pack-quantized`" in reasons["gptq", "compressed-tensors"]
+    merged = planned("method=nf4", f"model.adapter={folder}")
+    assert only(merged, adapter_mode="merged").status is None
+
+
 def test_weights_of_others_take_no_merged_adapter(
     planned: Plan, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

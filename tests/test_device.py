@@ -89,6 +89,7 @@ def test_a_tool_that_fails_is_no_card(tmp_path: Path, monkeypatch: pytest.Monkey
     assert device.describe().kind == "cpu"
 
 
+CPU = Gpu("EPYC, 2 cores", "cpu", "EPYC", None, 24.0, None, 1)
 REAL_H100 = Gpu("NVIDIA H100 80GB HBM3", "cuda", "", "sm_90", 80.0, None, 1)
 
 
@@ -113,6 +114,26 @@ def test_a_match_is_name_kind_capability_memory_and_count(
     planned: Gpu, found: Gpu, expected: bool
 ) -> None:
     assert device.matches(planned, found) is expected
+
+
+@pytest.mark.parametrize(
+    ("gpu", "least", "needs_gpu", "said"),
+    [
+        (L4, "sm_90", False, "needs a GPU of compute capability 9.0 or more; `gpu=l4` has 8.9"),
+        (replace(L4, capability="sm_90a"), "sm_100", False, "10.0 or more; `gpu=l4` has 9.0"),
+        (L4, "sm_89", True, None),
+        (L4, None, True, None),
+        (replace(L4, capability=None), "sm_90", True, None),
+        (CPU, "sm_90", False, None),
+        (CPU, "sm_90", True, "needs a GPU of compute capability 9.0 or more"),
+        (CPU, None, True, "needs a GPU"),
+    ],
+)
+def test_what_a_device_lacks_names_the_capability(
+    gpu: Gpu, least: str | None, needs_gpu: bool, said: str | None
+) -> None:
+    lacks = device.lack(gpu, least, needs_gpu)
+    assert lacks is None if said is None else str(lacks).endswith(said)
 
 
 def test_describing_imports_no_torch() -> None:

@@ -50,6 +50,18 @@ def test_what_cannot_work_here_alone_is_told(capsys: pytest.CaptureFixture[str])
     assert out.count("not tried: ") == 2
 
 
+def test_a_method_that_needs_a_gpu_names_its_capability(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs = dataclasses.replace(int8.SUPPORTS, needs_gpu=True, capability="sm_89")
+    monkeypatch.setattr(int8, "SUPPORTS", needs)
+    wanted = "needs a GPU of compute capability 8.9 or more"
+    assert doctor.main(["int8", "--quick"]) == 0
+    assert wanted in capsys.readouterr().out
+    assert doctor.main(["int8"]) == 0  # refused before any work
+    assert wanted in capsys.readouterr().out
+
+
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(commands.WrongCommand, match=r"got `gtpq` \(has: .*gptq"):
         doctor.main(["gtpq"])

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import qgrid
-from qgrid import environment
+from qgrid import adapters, environment, methods, published, runtimes
 from qgrid.envs import locks, wheels
 
 
@@ -47,6 +51,26 @@ def test_provenance_says_what_a_repetition_needs() -> None:
         assert key in found, key
     assert found["threads"]["physical_cores"] >= 1
     assert len(found["load_average"]) == 3
+
+
+def test_the_list_of_packages_has_all_that_any_choice_declares() -> None:
+    """A module's declared packages, and the lists that options, formats and adapters add."""
+    declared = {*adapters.PACKAGES}
+    for module in _modules(methods, published, runtimes):
+        for name in ("SUPPORTS", "LOADS"):
+            declared |= set(getattr(getattr(module, name, None), "packages", ()))
+        if not module.__name__.startswith("qgrid.runtimes._linears"):  # names to import by
+            for name in ("PACKAGES", "_PACKAGES"):
+                listed = getattr(module, name, ())
+                declared |= set(listed.values() if isinstance(listed, dict) else listed)
+    assert {"gptqmodel", "peft", "optimum-quanto", "aqlm"} <= declared
+    assert declared - set(environment.PACKAGES) == set()
+
+
+def _modules(*packages: ModuleType) -> Iterator[ModuleType]:
+    for package in packages:
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            yield importlib.import_module(found.name)
 
 
 def test_the_fingerprint_is_of_the_stable_part_only() -> None:

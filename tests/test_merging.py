@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qgrid import adapters, artifacts, baseline, demo, merging, registry
+from qgrid import adapters, artifacts, baseline, demo, environment, merging, registry
 from qgrid.artifacts import BadArtifact
 from qgrid.contracts import InvalidEngine, Unsupported
 from qgrid.files import HashCache
@@ -106,7 +106,9 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 # --- merging -------------------------------------------------------------------------------------
 
 
-def test_merged_weights_are_base_plus_product_rounded_once(taught: Path, build: Build) -> None:
+def test_merged_weights_are_base_plus_product_rounded_once(
+    taught: Path, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job, result = build(made.model(taught), "none", 16)
     folder = Path(job.artifact)
     weights, added = load_file(folder / "model.safetensors"), made.low_rank(taught)
@@ -131,6 +133,11 @@ def test_merged_weights_are_base_plus_product_rounded_once(taught: Path, build: 
     cache = HashCache(folder.parents[1] / "hashes.json")
     again = artifacts.verify(folder, job.planned, cache, full=True)
     assert all(check.ok for check in again)
+    pins = dict(environment.locked_versions("main")) | {"peft": "0.0.1"}
+    monkeypatch.setattr(environment, "locked_versions", lambda *_: pins)
+    noted = [check for check in artifacts.verify(folder, job.planned, cache) if not check.ok]
+    assert [check.name for check in noted] == ["environment"]
+    assert "peft" in noted[0].actual
 
 
 def test_merged_is_what_peft_computes_beside(taught: Path, make_cell: Make, tmp_path: Path) -> None:
@@ -175,7 +182,7 @@ def test_what_an_adapter_may_say_means_what_peft_means(
     own = _checkpoint.logits(PeftModel.from_pretrained(base, str(folder)).eval(), IDS)
     model = _checkpoint.load_16bit(demo.MODEL_DIR, PLAIN, dtype=torch.float32)
     before = _checkpoint.logits(model, IDS)
-    merging.attach(model, artifact, "float32")
+    merging.attach(model, artifact, "none", "float32")
     assert apart(_checkpoint.logits(model, IDS), own) < 1e-6
     assert apart(before, own) > 0.01
     found = merging.merge(cell, demo.MODEL_DIR, into)
@@ -306,6 +313,12 @@ def test_an_attached_adapter_adds_its_product(
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
     assert values["size_on_disk_bytes"] == sum(path.stat().st_size for path in files)
     assert folder / "adapter" / adapters.WEIGHTS in files
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    stored = sum(
+        each.numel() * each.itemsize for path in weights for each in load_file(path).values()
+    )
+    base = sum(each.numel() for each in load_file(demo.MODEL_DIR / "model.safetensors").values())
+    assert values["bits_per_weight"] == 8 * stored / base
     assert "adapter_finite" in {check.name for check in result.checks}
 
 
@@ -410,7 +423,7 @@ def test_layers_that_are_not_wrapped_are_an_invalid_engine(
     artifact.mkdir()
     (artifact / adapters.FOLDER).symlink_to(taught)
     with pytest.raises(InvalidEngine, match=r"adapter has 15 layers and 14 are wrapped"):
-        merging.attach(model, artifact, "float32")
+        merging.attach(model, artifact, "none", "float32")
 
 
 def test_baseline_of_what_is_attached_is_merged(taught: Path, make_cell: Make) -> None:

@@ -203,6 +203,22 @@ def test_a_format_that_a_runtime_lacks_names_one_that_loads_it(planned: Plan) ->
         planned("method=gguf", "bits=4", "runtime=llama_cpp", "kv_cache=int2")
 
 
+def test_a_gpu_that_is_too_old_is_refused_by_its_capability(planned: Plan) -> None:
+    old = ("gpu=t4", "gpu.capability=sm_70", "bits=8")
+    *_, int8 = planned("method=none,int8", *old)
+    assert int8.status == "unsupported"
+    assert int8.reason == (
+        "method `int8` needs a GPU of compute capability 7.5 or more; `gpu=t4` has 7.0"
+    )
+    assert planned("method=int8", "gpu=t4")[-1].status is None
+    kernel = ("method=gptq", "method.format=gptq", "bits=4", "runtime.kernel=marlin,machete")
+    on_t4 = {p.cell.runtime.options["kernel"]: p.reason for p in planned(*kernel, "gpu=t4")}
+    assert on_t4["marlin"] is None
+    assert on_t4["machete"] == (
+        "`runtime.kernel=machete` needs a GPU of compute capability 9.0 or more; `gpu=t4` has 7.5"
+    )
+
+
 def test_how_a_cluster_finds_a_card_is_in_no_id(planned: Plan, facts: Facts) -> None:
     """The ids of stores from before these keys stay what they were."""
     gpu = planned("method=none", "gpu=h100")[0].cell.gpu

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from qgrid import artifacts, registry, widths
+from qgrid import artifacts, assembly, registry, widths
 from qgrid.artifacts import BadArtifact
-from qgrid.types import Cell, Job
+from qgrid.types import Cell, Job, PlannedCell
 from tests import jobs
 
 FIRST = "model.layers.0.*"
@@ -98,8 +98,38 @@ def test_groups_need_not_divide_what_is_left_out(method: str, make: Callable[...
     assert own.refusal(make(method, 4, keep, group_size=512).planned.cell) is None
 
 
+def test_what_keeps_nothing_is_one_cell_with_the_default(
+    planned: Callable[..., list[PlannedCell]],
+) -> None:
+    _, plain = planned("method=rtn", "bits=4")
+    assert plain.cell.method.options["keep"] is None
+    for nothing in ("{}", "{lm_head:16}"):
+        _, same = planned("method=rtn", "bits=4", f"method.keep={nothing}")
+        assert (same.cell_id, same.cell) == (plain.cell_id, plain.cell)
+        assert [note for note in same.notes if "`method.keep`" in note]
+    assert not [note for note in plain.notes if "keep" in note]
+    first = "model.layers.0.*"
+    _, some = planned("method=rtn", "bits=4", f"method.keep={{{first}:8}}")
+    _, more = planned("method=rtn", "bits=4", f"method.keep={{{first}:8,lm_head:16}}")
+    assert some.cell_id == more.cell_id != plain.cell_id
+    assert not [note for note in some.notes if "keep" in note]
+
+
 def test_memory_is_planned_with_the_layers_that_are_kept(make: Callable[..., Job]) -> None:
     """A random model of two equal layers: one at 16 bits, one at 4."""
     cell = make("rtn", 4, {FIRST: 16}).planned.cell
     assert widths.mean(cell, float) == pytest.approx(10)
     assert widths.mean(make("rtn", 4, {}).planned.cell, float) == 4
+
+
+def test_what_was_left_out_is_listed_with_its_reason(make: Callable[..., Job]) -> None:
+    """In the manifest and the record; a random model whose head is its embedding."""
+    job = make("rtn", 4, {FIRST: 16, DOWN: 8})
+    artifacts.build(job)
+    manifest = artifacts.load_manifest(Path(job.artifact))
+    head = "the output head is the embedding, which `rtn` leaves as it is"
+    assert manifest.modules_skipped == {
+        FIRST: "`method.keep` leaves 6 layers at 16 bits",
+        "lm_head": head,
+    }
+    assert assembly.artifact_summary(manifest)["modules_skipped"] == manifest.modules_skipped

@@ -1,16 +1,17 @@
 """How quantized linear layers are stored: one file for each family of formats; no torch needed.
 
-A file offers `format_of(parts) -> str | None`, the format of a layer whose tensors are `parts` (by
-their names within the layer), None if it is none of its own; and where the folder itself tells how
-large such a layer is, `shape(parts, read) -> (rows, columns) | None`, with `read(name)` for the
-bytes of a tensor.
+A file offers `FORMATS`, the names of its own; `format_of(parts) -> str | None`, the format of a
+layer whose tensors are `parts` (by their names within the layer), None if it is none of its own;
+and where the folder itself tells how large such a layer is, `shape(parts, read) -> (rows, columns)
+| None`, with `read(name)` for the bytes of a tensor. Where it keeps codes in a tensor of any dtype,
+`codes(names) -> names`: those.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -47,6 +48,13 @@ def shape(parts: Parts, read: Read) -> tuple[int, int] | None:
             own = getattr(family, "shape", None)
             return None if own is None else own(parts, read)
     return None
+
+
+def codes(names: Iterable[str]) -> frozenset[str]:
+    """Tensors among those of a folder whose bytes are codes, though their dtype may be a float."""
+    names = tuple(names)
+    own = (getattr(family, "codes", None) for family in _families())
+    return frozenset(name for each in own if each is not None for name in each(names))
 
 
 @cache

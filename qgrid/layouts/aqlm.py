@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from qgrid.layouts import Parts, Read
 
+FORMATS = ("aqlm",)
+
 
 def format_of(parts: Parts) -> str | None:
     """`aqlm`."""

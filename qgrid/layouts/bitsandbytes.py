@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 
 from qgrid.layouts import Parts, Read
 
-_STATE = "weight.quant_state.bitsandbytes__"  # followed by the type: nf4 or fp4
+FORMATS = ("bitsandbytes-nf4", "bitsandbytes-fp4", "bitsandbytes-int8")
+STATE = "weight.quant_state.bitsandbytes__"  # followed by the type: nf4 or fp4
 
 
 def format_of(parts: Parts) -> str | None:
     """`bitsandbytes-nf4`, `bitsandbytes-fp4` or `bitsandbytes-int8`."""
     state = _state(parts)
     if state is not None:
-        return f"bitsandbytes-{state.removeprefix(_STATE)}"
+        return f"bitsandbytes-{state.removeprefix(STATE)}"
     return "bitsandbytes-int8" if "SCB" in parts else None
 
 
@@ -24,5 +26,13 @@ def shape(parts: Parts, read: Read) -> tuple[int, int] | None:
     return int(rows), int(columns)
 
 
+def codes(names: Iterable[str]) -> Iterator[str]:
+    """4-bit weights: bytes in the dtype that the one who saved them chose."""
+    for name in names:
+        layer, state, _ = name.partition(f".{STATE}")
+        if state:
+            yield f"{layer}.weight"
+
+
 def _state(parts: Parts) -> str | None:
-    return next((name for name in parts if name.startswith(_STATE)), None)
+    return next((name for name in parts if name.startswith(STATE)), None)

@@ -6,8 +6,19 @@ import struct
 
 from qgrid.layouts import Parts, Read
 
+FORMATS = (
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+)
 _ONE_BYTE = {"I8": "int-quantized", "F8_E4M3": "float-quantized"}
-_FOUR_BIT_FLOATS = {"F8_E4M3": "nvfp4-pack-quantized", "U8": "mxfp4-pack-quantized"}  # by scales
+_FOUR_BIT_FLOATS = {  # by scales; powers of two are bytes, or floats that are all exponent
+    "F8_E4M3": "nvfp4-pack-quantized",
+    "U8": "mxfp4-pack-quantized",
+    "F8_E8M0": "mxfp4-pack-quantized",
+}
 
 
 def format_of(parts: Parts) -> str | None:

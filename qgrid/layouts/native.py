@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from qgrid.layouts import Parts, Read
 
+FORMATS = ("gptq", "awq")
+_WORD = 32
+
 
 def format_of(parts: Parts) -> str | None:
     """`gptq` packs along a row of weights, so that its codes are as wide as the scales."""
@@ -13,7 +16,16 @@ def format_of(parts: Parts) -> str | None:
 
 
 def shape(parts: Parts, read: Read) -> tuple[int, int] | None:
-    """Rows by the scales; columns by the place that `gptq` keeps for each, or by `awq`'s words."""
-    rows = parts["scales"].shape[1]
-    places = parts.get("g_idx")
-    return rows, parts["qweight"].shape[0] if places is None else places.shape[0]
+    """Rows by the scales; columns by the place that `gptq` keeps for each, or by the words.
+
+    A word holds 32 bits of codes: `awq` packs rows; of `gptq` without places the zero points, a
+    row of them for a group, tell the bits of a code.
+    """
+    rows, words = parts["scales"].shape[1], parts["qweight"].shape[0]
+    if "g_idx" in parts:
+        return rows, parts["g_idx"].shape[0]
+    if format_of(parts) == "awq":
+        return rows, words
+    zeros = parts.get("qzeros")
+    bits = 0 if zeros is None else _WORD * zeros.shape[1] // rows
+    return (rows, words * _WORD // bits) if bits else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qgrid import baseline, files, models
 from qgrid.contracts import NoLogprobs
-from qgrid.measure import answers, prose, row_cache, slices, truncated
+from qgrid.measure import answers, kv_rows, prose, row_cache, slices, truncated
 from qgrid.measure.encoding import Encoder, TooLong
 from qgrid.measure.loading import Phases, fits_beside, is_baseline, load
 from qgrid.measure.prose import Tokens, Windows
@@ -20,6 +20,8 @@ from qgrid.types import Measurement, StageResult
 if TYPE_CHECKING:
     from qgrid.contracts import Engine
     from qgrid.types import Job
+
+_KV_ROWS = "kv_rows_quantized"  # in `observed`: see `measure.kv_rows`
 
 
 def measure(job: Job) -> StageResult:
@@ -34,9 +36,9 @@ def measure(job: Job) -> StageResult:
         encoder = Encoder(Path(job.artifact), cell.model.trust_remote_code)
         engine = load(job.artifact, cell, cell.runtime.dtype)
         encoder.limit_positions(getattr(engine, "positions", None))
-    checks = tuple(engine.checks())
     with phases("slices"):
-        results, left_out = _answered(job, engine, encoder)
+        results, left_out, kv_shares = _answered(job, engine, encoder)
+    checks = tuple(engine.checks())
     measurements = [
         measurement
         for name in cell.slices.items
@@ -47,6 +49,7 @@ def measure(job: Job) -> StageResult:
     with phases("prose"):
         try:
             found, more = _prose(job, engine, encoder)
+            kv_shares |= more.get(_KV_ROWS, {})
         except NoLogprobs as error:
             found, more = [], {"left_out": left_out | {"prose": str(error)}}
             engine.close()
@@ -54,29 +57,33 @@ def measure(job: Job) -> StageResult:
     return StageResult(
         "quality",
         measurements=(*found, *measurements),
-        checks=checks,
-        observed=observed | more,
+        checks=(*checks, *kv_rows.checks(kv_shares)),
+        observed=observed | more | ({_KV_ROWS: kv_shares} if kv_shares else {}),
         seconds=phases.seconds,
     )
 
 
 def _answered(
     job: Job, engine: Engine, encoder: Encoder
-) -> tuple[list[answers.Answered], dict[str, str]]:
-    """Results of all items, and why a slice was left out.
+) -> tuple[list[answers.Answered], dict[str, str], dict[str, float]]:
+    """Results of all items, why a slice was left out, and its share of a quantized KV cache.
 
     The model is too short for it, or the engine gives no log-probabilities to choose by.
     """
     cell = job.planned.cell
     results: list[answers.Answered] = []
-    left_out = {}
+    left_out, kv_shares = {}, {}
     for name, wanted in cell.slices.items.items():
         items = slices.load(name, wanted, cell.seed)
+        watch = kv_rows.Watch(engine)
         try:
             results += answers.answer(name, wanted, items, engine, encoder)
         except (TooLong, NoLogprobs) as error:
             left_out[name] = str(error)
-    return results, left_out
+            continue
+        if (share := watch.share()) is not None:
+            kv_shares[name] = share
+    return results, left_out, kv_shares
 
 
 def _write_items(out: Path, results: Sequence[answers.Answered]) -> None:
@@ -179,6 +186,7 @@ def paired_tokens(
     assert job.baseline is not None
     folder = Path(job.baseline)
     tokens = Tokens.empty(windows)
+    watch = kv_rows.Watch(engine)
 
     def load_baseline() -> Engine:
         return load(folder, baseline.of(cell), cell.runtime.dtype)
@@ -190,8 +198,16 @@ def paired_tokens(
         prose.collect(tokens, windows, prose.rows(engine, windows), prose.rows(reference, windows))
         reference.close()
         engine.close()
-        return tokens, {"baseline_rows": "computed beside the cell"}
+        return tokens, {"baseline_rows": "computed beside the cell", **_of_prose(watch)}
     engine.close()
-    load_cell: Callable[[], Engine] = lambda: load(job.artifact, cell, cell.runtime.dtype)  # noqa: E731
+    load_cell: Callable[[], Engine] = lambda: watch.add(  # noqa: E731
+        load(job.artifact, cell, cell.runtime.dtype)
+    )
     floor = row_cache.collect_by_turns(tokens, windows, load_cell, load_baseline)
-    return tokens, {"baseline_rows": "cached in float16", "kld_cache_floor": floor}
+    told = {"baseline_rows": "cached in float16", "kld_cache_floor": floor}
+    return tokens, told | _of_prose(watch)
+
+
+def _of_prose(watch: kv_rows.Watch) -> dict[str, Any]:
+    share = watch.share()
+    return {} if share is None else {_KV_ROWS: {"prose": share}}

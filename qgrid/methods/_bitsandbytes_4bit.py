@@ -34,6 +34,7 @@ def supports(values: str) -> MethodSupport:
         default_bits=4,
         produces={4: f"bitsandbytes-{values}"},
         packages=bnb.PACKAGES,
+        capability="sm_60",  # of its 4-bit types: bitsandbytes' installation guide, 0.50
         calibrated=False,
     )
 
@@ -41,11 +42,6 @@ def supports(values: str) -> MethodSupport:
 def refusal(cell: Cell) -> str | None:
     """Why layers cannot be left out as asked; None if they can."""
     return widths.refusal(cell, _BITS)
-
-
-def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
-    """Stored bits of a large linear layer, scales included."""
-    return stored_bits(bits, options, 4096, 4096)
 
 
 def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:

@@ -18,7 +18,6 @@ from typing import Any, Literal
 from qgrid import calibration, gptq_kernels, inspection, models
 from qgrid.contracts import Built, Unsupported
 from qgrid.methods import _checkpoint
-from qgrid.methods import _llmcompressor as llmc
 from qgrid.methods import _packed as packed
 from qgrid.types import Cell, MethodSupport
 
@@ -44,11 +43,6 @@ def supports(layout: Layout, bits: tuple[int, ...]) -> MethodSupport:
 def is_native(layout: Layout, options: Mapping[str, Any]) -> bool:
     """Whether the options of a method ask for its own format, and so for this library."""
     return bool(options["format"] == layout)
-
-
-def linear_bits_per_weight(layout: Layout, bits: int, options: Mapping[str, Any]) -> float:
-    """Stored bits of a large linear layer in the format that the options ask for."""
-    return stored_bits(layout, bits, options, *llmc.LARGE)
 
 
 def stored_bits(

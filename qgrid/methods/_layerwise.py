@@ -144,7 +144,7 @@ def load(folder: Path, arguments: Mapping[str, Any], rebuild: Rebuild) -> Any:
     """The model in `folder`; `arguments` are those of `from_pretrained`.
 
     Raises:
-        ValueError: a tensor of the model is in no file.
+        InvalidEngine: a tensor of the model is in no file.
     """
     import torch
 

@@ -15,7 +15,6 @@ from qgrid.types import Cell
 
 Scheme = Mapping[str, Mapping[str, Any]]  # `weights` and, if they are rounded, `input_activations`
 PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
-LARGE = (4096, 4096)  # rows and columns of the layer that sizes are planned with
 # The head and the routers of mixtures of experts stay at 16 bits.
 _KEPT = ["lm_head", r"re:.*(mlp|block_sparse_moe)\.(gate|router|shared_expert_gate)$"]
 

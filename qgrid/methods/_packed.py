@@ -70,11 +70,6 @@ def weights(bits: int, options: Mapping[str, Any]) -> Weights:
     return Weights(bits, _SCHEME_GROUP, symmetric=not scheme.endswith("_ASYM"))
 
 
-def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
-    """Stored bits of a large linear layer, scales and zero points included."""
-    return stored_bits(bits, options, *llmc.LARGE)
-
-
 def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:
     """Bits per weight of one packed layer: 32-bit words, 16-bit scales, zero points, the shape."""
     stored = weights(bits, options)
@@ -116,19 +111,25 @@ def _indivisible(cell: Cell, source: Path) -> str | None:
     return indivisible(widths.rounded(cell, source), group_size)
 
 
-def indivisible(linears: Mapping[str, tuple[int, int]], group_size: int | None) -> str | None:
-    """Which layers (by name: rows, columns) a group does not divide, and the two ways out."""
-    columns = {name: columns for name, (_, columns) in linears.items()}
-    bad = [name for name, width in columns.items() if group_size and width % group_size]
+def indivisible(
+    linears: Mapping[str, tuple[int, int]], group_size: int | None, axis: int = 1
+) -> str | None:
+    """Which layers (by name: rows, columns) a group does not divide, and the two ways out.
+
+    `axis` 1: groups are runs of a row; 0: of a column.
+    """
+    across, line = ("columns", "row") if axis == 1 else ("rows", "column")
+    lengths = {name: shape[axis] for name, shape in linears.items()}
+    bad = [name for name, length in lengths.items() if group_size and length % group_size]
     if not bad:
         return None
-    fits = next((g for g in _GROUPS if not any(width % g for width in columns.values())), None)
-    first = ", ".join(f"{name} ({columns[name]} columns)" for name in bad[:3])
+    fits = next((g for g in _GROUPS if not any(each % g for each in lengths.values())), None)
+    first = ", ".join(f"{name} ({lengths[name]} {across})" for name in bad[:3])
     smaller = f"`method.group_size={fits}` (divides all)" if fits else "a divisor of all"
     return (
-        f"`method.group_size={group_size}` does not divide the columns of {len(bad)} "
+        f"`method.group_size={group_size}` does not divide the {across} of {len(bad)} "
         f"layers: {first}{', ...' if len(bad) > 3 else ''}; use {smaller} or "
-        "`method.group_size=null` (one scale a row)"
+        f"`method.group_size=null` (one scale a {line})"
     )
 
 

@@ -14,7 +14,7 @@ from qgrid.gguf import audit, base_tensors, convert, layers
 from qgrid.gguf import file as gguf_file
 from qgrid.gguf.constants import check_constants
 from qgrid.gguf.types import FILE_TYPES, TENSOR_TYPES, FileType, named, stored_as
-from qgrid.methods import _checkpoint, gguf
+from qgrid.methods import _checkpoint, _hub, gguf
 from qgrid.types import Cell, Check
 
 if TYPE_CHECKING:
@@ -217,19 +217,20 @@ def _download(path: str) -> Path:
     """A file of the hub, from the cache or the network.
 
     Raises:
-        Unsupported: there is no such file, or it cannot be reached.
+        Unsupported: there is no such file.
+        Unreachable: the hub does not answer.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repository, revision, name = _hub_parts(path)
     try:
         return Path(hf_hub_download(repository, name, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise Unsupported(
-            f"`method.path={path}` is neither a local file nor one on the hub that can be "
-            f"reached; give a path or ORG/NAME/FILE.gguf ({type(error).__name__})"
-        ) from error
+    except _hub.errors() as error:
+        absent = (
+            f"`method.path={path}` is neither a local file nor one on the hub; give a path or "
+            "ORG/NAME/FILE.gguf"
+        )
+        raise _hub.failure(error, path, absent) from error
 
 
 def _hub_parts(path: str) -> tuple[str, str | None, str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qgrid.contracts import Built
 from qgrid.methods import _checkpoint
 from qgrid.methods import _prequantized_folder as folder
+from qgrid.published.aqlm import PACKAGES
 from qgrid.types import Cell, MethodSupport
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ SUPPORTS = MethodSupport(
     bits=(2,),
     default_bits=2,
     produces={2: _FORMAT},
-    packages=("aqlm", "torch", "transformers", "accelerate"),
+    packages=PACKAGES,
     calibrated=False,
     from_base=False,
 )

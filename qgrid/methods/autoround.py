@@ -24,7 +24,6 @@ from qgrid import calibration, gptq_kernels, models, widths
 from qgrid.contracts import Built, Unsupported
 from qgrid.methods import _checkpoint
 from qgrid.methods import _gptqmodel as native
-from qgrid.methods import _llmcompressor as llmc
 from qgrid.methods import _packed as packed
 from qgrid.methods import _tuned_gguf as tuned_gguf
 from qgrid.types import Cell, Check, MethodSupport
@@ -73,11 +72,6 @@ def support(options: Mapping[str, Any]) -> MethodSupport:
     bits, further = _READERS[layout]
     packages = tuple(dict.fromkeys((*_PACKAGES, *further)))
     return MethodSupport(bits, 4, dict.fromkeys(bits, str(layout)), packages, calibrated=True)
-
-
-def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
-    """Stored bits of a large linear layer in the format that the options ask for."""
-    return stored_bits(bits, options, *llmc.LARGE)
 
 
 def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:

@@ -23,7 +23,6 @@ option_bits = packed.option_bits
 _NATIVE: native.Layout = "awq"
 _is_native = partial(native.is_native, _NATIVE)
 stored_bits = partial(native.stored_bits, _NATIVE)
-linear_bits_per_weight = partial(native.linear_bits_per_weight, _NATIVE)
 _NATIVE_BITS = (4,)
 _FIXED = {"duo_scaling": True, "grid_points": 20}  # of gptqmodel's search
 

@@ -13,7 +13,6 @@ from qgrid.methods import _bitsandbytes_4bit as four
 SUPPORTS = four.supports("fp4")
 Options = four.Options
 refusal = four.refusal
-linear_bits_per_weight = four.linear_bits_per_weight
 stored_bits = four.stored_bits
 checks = four.checks
 quantize = partial(four.quantize, values="fp4")

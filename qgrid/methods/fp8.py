@@ -69,11 +69,6 @@ def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) 
     return bits + 16 * scales[options["scheme"]] / (rows * columns)
 
 
-def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
-    """Stored bits of a large linear layer, scales included."""
-    return stored_bits(bits, options, *llmc.LARGE)
-
-
 def refusal(cell: Cell) -> str | None:
     """Why the cell's model cannot be stored so; None if it can, or is not on this machine."""
     if reason := widths.refusal(cell, SUPPORTS.bits):

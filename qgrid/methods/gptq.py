@@ -24,7 +24,6 @@ option_bits = packed.option_bits
 _NATIVE: native.Layout = "gptq"
 _is_native = partial(native.is_native, _NATIVE)
 stored_bits = partial(native.stored_bits, _NATIVE)
-linear_bits_per_weight = partial(native.linear_bits_per_weight, _NATIVE)
 _BLOCK = 128  # columns that gptqmodel treats before errors are pushed to the rest
 _AUTO = "auto"
 _LIBRARIES = {  # the first of a format is its own choice

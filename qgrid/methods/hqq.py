@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +17,7 @@ from pydantic import Field
 
 from qgrid import inspection, models, widths
 from qgrid.methods import _checkpoint, _layerwise
+from qgrid.methods import _packed as packed
 from qgrid.types import MethodSupport
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ SUPPORTS = MethodSupport(
     packages=("hqq", "torch", "transformers", "accelerate"),
     calibrated=False,
 )
-_WORD_CODES = 10  # of three bits, in a word of 32
+_WORD_BITS, _WORD_CODES = 3, 10  # so many of so many bits lie in a word of 32
 _PACKING = {1: "1bit_u8", 2: "2bit_u8", 3: "3bit_32", 4: "4bit_u8", 8: "8bit_u8"}
 
 
@@ -49,14 +49,10 @@ class Options:
 def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:
     """Bits per weight of one layer: packed codes, two fp16 numbers a group, the shape."""
     length, groups = _grouping(options, rows, columns)
-    packed, across = (groups, length) if options["axis"] == 1 else (length, groups)
-    codes = 32 * -(-packed // _WORD_CODES) * across if bits == 3 else bits * packed * across
+    lines, across = (groups, length) if options["axis"] == 1 else (length, groups)
+    words = 32 * -(-lines // _WORD_CODES)
+    codes = across * (words if bits == _WORD_BITS else bits * lines)
     return (codes + 2 * 16 * groups + 2 * 64) / (rows * columns)
-
-
-def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
-    """Stored bits of a large linear layer, scales and zero points included."""
-    return stored_bits(bits, options, 4096, 4096)
 
 
 def _grouping(options: Mapping[str, Any], rows: int, columns: int) -> tuple[int, int]:
@@ -68,44 +64,32 @@ def _grouping(options: Mapping[str, Any], rows: int, columns: int) -> tuple[int,
 
 def refusal(cell: Cell) -> str | None:
     """Why the cell's model cannot be stored so; None if it can, or is not on this machine."""
-    options = cell.method.options
     if reason := widths.refusal(cell, _BITS):
         return reason
     source = models.known(cell.model)
-    used = {cell.bits, *(options["keep"] or {}).values()} - {widths.UNQUANTIZED}
-    if source is None:
-        return None
-    return _refused(source, options["group_size"], options["axis"], tuple(sorted(used)))
+    return None if source is None else _unfit(cell, source)
 
 
-@cache
-def _refused(source: Path, group: int | None, axis: int, used: tuple[int, ...]) -> str | None:
+def _unfit(cell: Cell, source: Path) -> str | None:
     """Groups that do not divide a layer, and codes that do not fill their bytes or words."""
-    options = {"group_size": group, "axis": axis}
-    linears = inspection.decoder_linears(inspection.read_headers(source))
-    side = "columns" if axis == 1 else "rows"
-    sizes = {name: shape[axis] for name, shape in linears.items()}
-    bad = [name for name, size in sizes.items() if group is not None and size % group]
-    if bad:
-        first = ", ".join(f"{name} ({sizes[name]} {side})" for name in bad[:3])
-        fits = next((g for g in (128, 64, 32, 16, 8) if not any(s % g for s in sizes.values())), 0)
-        smaller = f"`method.group_size={fits}` (divides all)" if fits else "a divisor of all"
-        return (
-            f"`method.group_size={group}` does not divide the {side} of {len(bad)} layers: {first}"
-            f"{', ...' if len(bad) > 3 else ''}; use {smaller} or `method.group_size=null`"
-        )
+    options = cell.method.options
+    linears = widths.rounded(cell, source)
+    if reason := packed.indivisible(linears, options["group_size"], options["axis"]):
+        return reason
     for name, shape in linears.items():
+        bits = widths.of(cell.bits, options, name)
         length, groups = _grouping(options, *shape)
-        packed = groups if axis == 1 else length
-        for bits in used:
-            ragged = bits != 3 and packed % (8 // bits)
-            if ragged or (bits == 3 and 32 * -(-packed // _WORD_CODES) >= 4 * packed):
-                unit = f"{_WORD_CODES} in a word" if bits == 3 else f"{8 // bits} in a byte"
-                return (
-                    f"`method=hqq` packs codes of {bits} bits {unit}, which {packed} along "
-                    f"`method.axis={axis}` of {name} do not fill; use another "
-                    "`method.group_size` or `method.axis`"
-                )
+        count = groups if options["axis"] == 1 else length
+        if bits == _WORD_BITS:
+            ragged, unit = 32 * -(-count // _WORD_CODES) >= 4 * count, f"{_WORD_CODES} in a word"
+        else:
+            ragged, unit = bool(count % (8 // bits)), f"{8 // bits} in a byte"
+        if ragged:
+            return (
+                f"`method=hqq` packs codes of {bits} bits {unit}, which {count} along "
+                f"`method.axis={options['axis']}` of {name} do not fill; use another "
+                "`method.group_size` or `method.axis`"
+            )
     return None
 
 
@@ -115,7 +99,7 @@ def quantize(cell: Cell, source: Path, out: Path) -> Built:
     Raises:
         Unsupported: the source is quantized already, or a group does not divide its layers.
     """
-    _checkpoint.refuse(refusal(cell))
+    _checkpoint.refuse(_unfit(cell, source))
     options = Options(**cell.method.options)
 
     def apart(linear: Any, bits: int) -> dict[str, Any]:
@@ -176,5 +160,5 @@ def _rebuild(axis: int) -> _layerwise.Rebuild:
 def _width(codes: Any, shape: Any, axis: int) -> int:
     """Bits of a code by how many are in a byte; only those of three bits lie in words."""
     if codes.element_size() > 1:
-        return 3
+        return _WORD_BITS
     return int(8 * codes.numel() // shape.numel())

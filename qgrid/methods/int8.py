@@ -19,6 +19,7 @@ SUPPORTS = MethodSupport(
     default_bits=8,
     produces={8: "bitsandbytes-int8"},
     packages=bnb.PACKAGES,
+    capability="sm_75",  # of LLM.int8: bitsandbytes' installation guide, 0.50
     calibrated=False,
     # its issue 1775; mended in 0.48.1 by its pull request 1776
     broken=(("bitsandbytes==0.48.0", "reads stored 8-bit checkpoints wrongly"),),
@@ -36,11 +37,6 @@ class Options:
 def refusal(cell: Cell) -> str | None:
     """Why layers cannot be left out as asked; None if they can."""
     return widths.refusal(cell, SUPPORTS.bits)
-
-
-def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
-    """Stored bits of a large linear layer, scales included."""
-    return stored_bits(bits, options, 4096, 4096)
 
 
 def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:

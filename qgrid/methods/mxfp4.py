@@ -10,7 +10,6 @@ from typing import Any
 
 from qgrid.contracts import Built
 from qgrid.methods import _four_bit_floats as floats
-from qgrid.methods import _llmcompressor as llmc
 from qgrid.types import Cell
 
 SUPPORTS = replace(
@@ -30,11 +29,6 @@ _WEIGHTS: dict[str, Any] = {
     "scale_dtype": "torch.uint8",
     "zp_dtype": "torch.uint8",
 }
-
-
-def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
-    """Stored bits of a large linear layer, scales included."""
-    return stored_bits(bits, options, *llmc.LARGE)
 
 
 def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:

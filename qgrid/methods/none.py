@@ -106,13 +106,17 @@ def _converted(cell: Cell, source: Path, dtype: str) -> Any:
 
 
 def _refuse_overflow(weights: Mapping[str, torch.Tensor]) -> None:
-    """Refuse fp16 weights that became infinite as they were cast."""
+    """Refuse fp16 weights that became infinite as they were cast.
+
+    What is no number was none before: the check `finite` tells that of any dtype.
+    """
     import torch
 
-    beyond = [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]
+    beyond = [name for name, value in weights.items() if bool(torch.isinf(value).any())]
     if beyond:
+        exceed = "1 tensor exceeds" if len(beyond) == 1 else f"{len(beyond)} tensors exceed"
         raise Unsupported(
             f"`method.dtype=float16` holds at most {torch.finfo(torch.float16).max:.0f}, which "
-            f"{len(beyond)} tensors exceed: {', '.join(beyond[:3])}"
+            f"{exceed}: {', '.join(beyond[:3])}"
             f"{', ...' if len(beyond) > 3 else ''}; use `method.dtype=bfloat16`"
         )

@@ -13,7 +13,6 @@ from typing import Any
 
 from qgrid.contracts import Built
 from qgrid.methods import _four_bit_floats as floats
-from qgrid.methods import _llmcompressor as llmc
 from qgrid.types import Cell
 
 SUPPORTS = floats.supports("nvfp4", calibrated=True)
@@ -34,11 +33,6 @@ _WEIGHTS: dict[str, Any] = {
 def calibrates(options: Mapping[str, Any]) -> bool:
     """Only the activations' scale of the tensor needs the calibration text."""
     return bool(options["activations"])
-
-
-def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
-    """Stored bits of a large linear layer, scales included."""
-    return stored_bits(bits, options, *llmc.LARGE)
 
 
 def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:

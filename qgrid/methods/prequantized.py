@@ -6,7 +6,7 @@ A `.gguf` file, or a folder or hub id whose `config.json` says how it is quantiz
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +44,10 @@ def _kind(options: Mapping[str, Any]) -> Any:
 
 def support(options: Mapping[str, Any]) -> MethodSupport:
     """What the checkpoint is; of a folder as its config says."""
-    own = None if _kind(options) is file else folder.support(options)
-    return SUPPORTS if own is None else own
+    if _kind(options) is file:
+        return SUPPORTS
+    own = folder.support(options)
+    return replace(SUPPORTS, packages=()) if own is None else own  # it will be refused
 
 
 def option_bits(options: Mapping[str, Any]) -> int | None:

@@ -70,11 +70,6 @@ def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) 
     return (8 * packed + 2 * 16 * groups + around) / weights
 
 
-def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
-    """Stored bits of a large linear layer, scales included."""
-    return stored_bits(bits, options, 4096, 4096)
-
-
 def _group(columns: int) -> int:
     """Columns that share a scale: the library's choice, the whole row where none of it divides."""
     if columns <= _GROUPS[0]:

@@ -15,7 +15,6 @@ from qgrid.types import Cell
 SUPPORTS = packed.supports(calibrated=False)
 Options = packed.Options
 option_bits = packed.option_bits
-linear_bits_per_weight = packed.linear_bits_per_weight
 stored_bits = packed.stored_bits
 refusal = packed.refusal
 

@@ -57,11 +57,6 @@ def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) 
     return bits + 16 / columns
 
 
-def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
-    """Stored bits of a large linear layer, scales included."""
-    return stored_bits(bits, options, *llmc.LARGE)
-
-
 def quantize(cell: Cell, source: Path, out: Path) -> Built:
     """Write the checkpoint of `source` into `out`.
 

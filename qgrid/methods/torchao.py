@@ -1,7 +1,7 @@
 """torchao: int8 or E4M3 weights with an fp32 scale a row; W8A8 with int8 activations by token.
 
 The checkpoint is the one that transformers loads through `TorchAoConfig`. What torchao cannot make
-smaller, or only on a GPU, is refused by name.
+smaller, or not with what is installed here, is refused by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qgrid.methods import _checkpoint, _layerwise
 from qgrid.types import MethodSupport
 
 if TYPE_CHECKING:
-    from qgrid.types import Cell
+    from qgrid.types import Cell, Gpu
 
 _BITS = (8,)
 SUPPORTS = MethodSupport(
@@ -32,14 +32,16 @@ _CONFIGS = {
     "int8_dynamic": "Int8DynamicActivationInt8WeightConfig",
     "float8_weight_only": "Float8WeightOnlyConfig",
 }
-# What torchao 0.18.0 said when it was asked on a CPU, or did.
+# What torchao 0.18.0 said when it was asked, or did.
 _REFUSED = {
-    "int4_weight_only": "needs a GPU and its package `mslk` ('Requires mslk >= 1.0.0')",
-    "float8_dynamic": (
-        "needs a GPU ('Float8 dynamic quantization requires CUDA compute capability >= 8.9')"
+    "int4_weight_only": (
+        "is packed by `mslk`, a package for GPUs that no environment of qgrid has ('Requires mslk "
+        ">= 1.0.0')"
     ),
     "intx_weight_only": "stores codes of 2 to 7 bits in a byte each, so that nothing shrinks",
 }
+_FLOAT8_PRODUCTS = "float8_dynamic"
+_FLOAT8_SINCE = 89  # sm_89
 
 
 @dataclass(frozen=True)
@@ -67,23 +69,30 @@ def support(options: Mapping[str, Any]) -> MethodSupport:
 def refusal(cell: Cell) -> str | None:
     """Why the scheme, or single layers, cannot be had; None if they can."""
     scheme = cell.method.options["scheme"]
-    if scheme in _REFUSED:
-        has = ", ".join(_CONFIGS)
-        return (
-            f"`method.scheme={scheme}` of torchao 0.18.0 {_REFUSED[scheme]}; use one of {has}, or "
-            "another method"
-        )
-    return widths.refusal(cell, _BITS)
+    if scheme in _CONFIGS:
+        return widths.refusal(cell, _BITS)
+    reason = _without_products(cell.gpu) if scheme == _FLOAT8_PRODUCTS else _REFUSED[scheme]
+    return (
+        f"`method.scheme={scheme}` of torchao 0.18.0 {reason}; use one of {', '.join(_CONFIGS)}, "
+        "or another method"
+    )
+
+
+def _without_products(gpu: Gpu) -> str:
+    """Why activations and weights in E4M3 are not multiplied on a device."""
+    known = gpu.capability
+    if known is not None and int(known.removeprefix("sm_")) >= _FLOAT8_SINCE:
+        return "multiplies on this GPU what qgrid has not compared with another computation yet"
+    here = "a CPU" if gpu.kind == "cpu" else known or "of unknown capability"
+    return (
+        f"multiplies on GPUs from sm_{_FLOAT8_SINCE} on ('Float8 dynamic quantization requires "
+        f"CUDA compute capability >= 8.9'), and `gpu={gpu.name}` is {here}"
+    )
 
 
 def stored_bits(bits: int, options: Mapping[str, Any], rows: int, columns: int) -> float:
     """Bits per weight of one layer: a byte a weight, an fp32 scale a row, of int8 a zero point."""
     return bits + (32 if _is_float(options) else 40) / columns
-
-
-def linear_bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
-    """Stored bits of a large linear layer, scales included."""
-    return stored_bits(bits, options, 4096, 4096)
 
 
 def _is_float(options: Mapping[str, Any]) -> bool:

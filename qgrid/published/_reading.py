@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -42,11 +42,16 @@ class Tensors:
                 self.headers[name] = tensor
                 self._places[name] = (path, start)
 
-    def array(self, name: str, rows: int | None = None) -> Array:
-        """A tensor; floats become fp32. `rows`: about so many of its first axis, spread over it."""
+    def array(self, name: str, rows: int | None = None, dtype: str | None = None) -> Array:
+        """A tensor; floats become fp32. `rows`: about so many of its first axis, spread over it.
+
+        `dtype`: take the bytes as another one, whatever shape they are in.
+        """
         import numpy as np
 
         tensor = self.headers[name]
+        if dtype is not None:
+            tensor = Tensor(dtype, (tensor.nbytes,), tensor.nbytes)
         path, start = self._places[name]
         kind = _PLAIN.get(tensor.dtype, _RAW.get(tensor.dtype))
         if kind is None:
@@ -57,14 +62,11 @@ class Tensors:
         found = stored.reshape(tensor.shape) if rows is None else stored[:: _step(stored, rows)]
         return _decoded(np.array(found), tensor.dtype)
 
-    def layer(self, name: str) -> Mapping[str, Array]:
-        """Every tensor of a layer, by its name within it."""
+    def layer(self, name: str, packed: Collection[str] = ()) -> Mapping[str, Array]:
+        """Every tensor of a layer, by its name within it; those `packed` as bytes."""
         prefix = f"{name}."
-        return {
-            each.removeprefix(prefix): self.array(each)
-            for each in self.headers
-            if each.startswith(prefix)
-        }
+        parts = [each.removeprefix(prefix) for each in self.headers if each.startswith(prefix)]
+        return {p: self.array(prefix + p, dtype="U8" if p in packed else None) for p in parts}
 
 
 def _step(stored: Array, rows: int) -> int:

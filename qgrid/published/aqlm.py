@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid.published import SETTINGS, Config, Description, Layer, Unreadable, scale_bits
+from qgrid.published import Claims, Config, Description, Layer, Unreadable, scale_bits, settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 KINDS = ("aqlm",)
-_PACKAGES = ("aqlm", "torch", "transformers", "accelerate")
+PACKAGES = ("aqlm", "torch", "transformers", "accelerate")
 _KEPT = "linear_weights_not_to_quantize"
 
 
@@ -28,25 +28,26 @@ def described(config: Config) -> Description:
     Raises:
         Unreadable: codes of more than 16 bits, or fewer than one bit a weight.
     """
-    told = config[SETTINGS]
+    told = settings(config)
+    told.texts(_KEPT)
     books, each, weights = _sizes(told)
     if each > 16 or books * each < weights:
         raise Unreadable(f"has {books} codebooks of {each} bits for {weights} weights each")
-    return Description("aqlm", round(books * each / weights), _PACKAGES)
+    return Description("aqlm", round(books * each / weights), PACKAGES)
 
 
-def _sizes(told: Config) -> tuple[int, int, int]:
+def _sizes(told: Claims) -> tuple[int, int, int]:
     """Codebooks, bits of a code, weights that it stands for."""
-    weights = int(told["in_group_size"]) * int(told["out_group_size"])
-    return int(told["num_codebooks"]), int(told["nbits_per_codebook"]), weights
+    weights = told.count("in_group_size") * told.count("out_group_size")
+    return told.count("num_codebooks"), told.count("nbits_per_codebook"), weights
 
 
 def stored_bits(config: Config, rows: int, columns: int) -> tuple[float, float]:
     """Codes in whole bytes, a layer's own codebooks and scales."""
-    told = config[SETTINGS]
+    told = settings(config)
     books, each, weights = _sizes(told)
     codes = rows * columns // weights * books * (8 if each <= 8 else 16)
-    floats = books * 2**each * weights + rows // int(told["out_group_size"])
+    floats = books * 2**each * weights + rows // told.count("out_group_size")
     exact = (codes + floats * scale_bits(config)) / (rows * columns)
     return exact, exact
 

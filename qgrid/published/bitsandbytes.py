@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qgrid import phrases
-from qgrid.published import SETTINGS, Config, Description, Layer, Unreadable, _codes
+from qgrid.layouts.bitsandbytes import STATE
+from qgrid.published import SETTINGS, Config, Description, Layer, Unreadable, _codes, settings
 from qgrid.published._reading import Tensors
 from qgrid.types import Check
 
@@ -17,32 +18,40 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 KINDS = ("bitsandbytes",)
+PACKED = ("weight",)  # in the dtype of `bnb_4bit_quant_storage`, which means nothing
 _PACKAGES = ("bitsandbytes", "torch", "transformers")
-_STATE = "weight.quant_state.bitsandbytes__"  # followed by the type: nf4 or fp4
+_DEFAULT = "fp4"  # the library's own
 _BLOCK = 64  # weights a scale covers
 _NESTED_BLOCK = 256  # scales that share a second scale
 _STATE_BYTES, _NESTED_STATE_BYTES = 80, 170  # a line of JSON a layer, a few digits more or less
 
 
 def described(config: Config) -> Description:
-    """See `qgrid.published`."""
-    settings = config[SETTINGS]
-    if settings.get("load_in_4bit"):
-        kind = settings.get("bnb_4bit_quant_type", "fp4")  # the library's own default
-        return Description(f"bitsandbytes-{kind}", 4, _PACKAGES)
-    if settings.get("load_in_8bit"):
+    """See `qgrid.published`.
+
+    Raises:
+        Unreadable: neither of 4 nor of 8 bits.
+    """
+    told = settings(config)
+    told.flag("bnb_4bit_use_double_quant")
+    kind = told.text("bnb_4bit_quant_type", "nf4", "fp4")
+    told.text("bnb_4bit_quant_storage")
+    four, eight = told.flag("load_in_4bit"), told.flag("load_in_8bit")
+    if four:
+        return Description(f"bitsandbytes-{kind or _DEFAULT}", 4, _PACKAGES)
+    if eight:
         return Description("bitsandbytes-int8", 8, _PACKAGES)
     raise Unreadable("says neither `load_in_4bit` nor `load_in_8bit`")
 
 
 def stored_bits(config: Config, rows: int, columns: int) -> tuple[float, float]:
     """Codes and scales; of 4 bits the tables and the state as well."""
-    settings = config[SETTINGS]
+    told = config[SETTINGS]
     weights = rows * columns
-    if settings.get("load_in_8bit"):
+    if not told.get("load_in_4bit"):
         plain = 8 + 32 * rows / weights
         return plain, plain + 8 / weights  # a byte of the form, which old files lack
-    exact = four_bit_width(weights, bool(settings.get("bnb_4bit_use_double_quant")))
+    exact = four_bit_width(weights, bool(told.get("bnb_4bit_use_double_quant")))
     return exact, exact
 
 
@@ -59,12 +68,11 @@ def weights(config: Config, layer: Layer) -> Array:
     """See `qgrid.published`."""
     parts = layer.parts
     if "SCB" in parts:
-        found: Array = parts["weight"].astype("f4") * (parts["SCB"][:, None] / 127)
+        whole = parts["weight"].view("i1").reshape(layer.rows, layer.columns)
+        found: Array = whole.astype("f4") * (parts["SCB"][:, None] / 127)
         return found
-    state = json.loads(next(parts[name] for name in parts if name.startswith(_STATE)).tobytes())
-    codes = _codes.nibbles(parts["weight"].reshape(-1), high_first=True)[
-        : layer.rows * layer.columns
-    ]
+    state = json.loads(next(parts[name] for name in parts if name.startswith(STATE)).tobytes())
+    codes = _codes.nibbles(parts["weight"], high_first=True)[: layer.rows * layer.columns]
     scales = _scales(parts, state)
     flat = parts["weight.quant_map"][codes] * scales.repeat(state["blocksize"])[: len(codes)]
     weights: Array = flat.reshape(layer.rows, layer.columns)
@@ -79,9 +87,9 @@ def checks(folder: Path) -> tuple[Check, ...]:
     """
     tensors = Tensors(folder)
     states = {
-        name.partition(f".{_STATE}")[0]: json.loads(tensors.array(name).tobytes())
+        name.partition(f".{STATE}")[0]: json.loads(tensors.array(name).tobytes())
         for name in tensors.headers
-        if f".{_STATE}" in name
+        if f".{STATE}" in name
     }
     if not states:  # of 8 bits
         return ()

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qgrid.published import SETTINGS, Config, Description, Layer, Unreadable, _codes, scale_bits
+from qgrid.layouts.compressed import FORMATS
+from qgrid.published import (
+    SETTINGS,
+    Claims,
+    Config,
+    Description,
+    Layer,
+    Unreadable,
+    _codes,
+    scale_bits,
+    settings,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,13 +25,7 @@ if TYPE_CHECKING:
 
 KINDS = ("compressed-tensors",)
 _PACKAGES = ("compressed-tensors", "torch", "transformers")
-_KNOWN = (
-    "pack-quantized",
-    "int-quantized",
-    "float-quantized",
-    "nvfp4-pack-quantized",
-    "mxfp4-pack-quantized",
-)
+_STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
 _FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1; the highest bit is the sign
 _SHAPE_BITS = 128  # two 64-bit integers beside packed words
 _ACTIVATION_BITS = 96  # a scale and a zero point of the activations, where they are calibrated
@@ -32,34 +37,53 @@ def described(config: Config) -> Description:
     Raises:
         Unreadable: a layout that is not read here.
     """
-    settings = config[SETTINGS]
-    if settings.get("quantization_status") not in {"compressed", None}:
-        raise Unreadable(f"is not compressed: its status is `{settings['quantization_status']}`")
-    groups = _groups(settings)
+    told = settings(config)
+    if told.text("quantization_status") not in {"compressed", None}:
+        raise Unreadable(f"is not compressed: its status is `{told.text('quantization_status')}`")
+    told.refuse("transform_config", "kv_cache_scheme")  # turned weights; a smaller KV cache
+    sparse = told.part("sparsity_config").text("format")
+    if sparse not in {"dense", None}:
+        raise Unreadable(f"is stored as `{sparse}`, which is not read here")
+    groups = [group for _, group in told.part("config_groups").parts() if group.has("weights")]
     if not groups:
         raise Unreadable("names no group of quantized layers")
-    formats = sorted({_format(settings, group) for group in groups})
-    for each in formats:
-        if each not in _KNOWN:
-            raise Unreadable(f"is stored as `{each}` (known: {', '.join(_KNOWN)})")
-    main = next((group for group in groups if "Linear" in group["targets"]), groups[0])
-    return Description("+".join(formats), int(main["weights"]["num_bits"]), _PACKAGES)
+    formats = sorted({_checked(group, told.text("format")) for group in groups})
+    main = next((group for group in groups if "Linear" in group.texts("targets")), groups[0])
+    return Description("+".join(formats), main.part("weights").count("num_bits"), _PACKAGES)
 
 
-def _groups(settings: Config) -> Sequence[Config]:
-    return [g for g in settings.get("config_groups", {}).values() if g.get("weights")]
+def _checked(group: Claims, default: str | None) -> str:
+    """How a group of layers is stored; everything that is used of its settings can be."""
+    form = group.text("format") or default
+    if form not in FORMATS:
+        raise Unreadable(f"is stored as `{form}` (known: {', '.join(FORMATS)})")
+    group.refuse("output_activations")
+    group.part("input_activations")
+    told = group.part("weights")
+    told.count("num_bits")
+    told.flag("symmetric", absent=True)
+    told.text("actorder")
+    strategy = told.name("strategy", *_STRATEGIES)
+    if strategy == "group":
+        told.count("group_size")
+    if strategy == "block":
+        told.counts("block_structure")
+    return form
 
 
-def _format(settings: Config, group: Config) -> str:
-    return str(group.get("format") or settings["format"])
+def _groups(told: Config) -> Sequence[Config]:
+    return [group for group in told["config_groups"].values() if group.get("weights")]
+
+
+def _format(told: Config, group: Config) -> str:
+    return str(group.get("format") or told["format"])
 
 
 def stored_bits(config: Config, rows: int, columns: int) -> tuple[float, float]:
     """Lowest and highest of the config's groups of layers."""
-    settings = config[SETTINGS]
     found = []
-    for group in _groups(settings):
-        told, kind = group["weights"], _format(settings, group)
+    for group in _groups(config[SETTINGS]):
+        told, kind = group["weights"], _format(config[SETTINGS], group)
         low = _layer_bits(kind, told, scale_bits(config), rows, columns)
         calibrated = group.get("input_activations")
         high = low + (_ACTIVATION_BITS if calibrated else 0)
@@ -69,7 +93,7 @@ def stored_bits(config: Config, rows: int, columns: int) -> tuple[float, float]:
 
 def _layer_bits(kind: str, told: Config, scale: int, rows: int, columns: int) -> int:
     """Bits of one layer: codes, scales, zero points and what else the layout has."""
-    bits, weights = int(told["num_bits"]), rows * columns
+    bits, weights = told["num_bits"], rows * columns
     if kind == "nvfp4-pack-quantized":
         return 4 * weights + 8 * weights // 16 + 32
     if kind == "mxfp4-pack-quantized":
@@ -78,7 +102,7 @@ def _layer_bits(kind: str, told: Config, scale: int, rows: int, columns: int) ->
     if kind != "pack-quantized":
         return 8 * weights + scales * scale
     groups = -(-scales // rows)
-    zeros = 0 if told.get("symmetric", True) else groups * _words(rows * bits)
+    zeros = 0 if told.get("symmetric") in (True, None) else groups * _words(rows * bits)
     places = 32 * columns if told.get("actorder") == "group" else 0
     return rows * _words(columns * bits) + scales * scale + zeros + places + _SHAPE_BITS
 

@@ -37,6 +37,14 @@ def bounds(measurement: Measurement) -> tuple[float, float] | None:
     return measurement.value - half, measurement.value + half
 
 
+def clearly_above(value: Measurement, other: Measurement) -> bool:
+    """Whether the intervals are apart; without both of them, whether it is larger at all."""
+    mine, theirs = bounds(value), bounds(other)
+    if mine is None or theirs is None:
+        return value.value > other.value
+    return mine[0] > theirs[1]
+
+
 def half_width(measurement: Measurement) -> float | None:
     """Half the length of the 95 % interval."""
     interval = bounds(measurement)

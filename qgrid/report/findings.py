@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qgrid import timing
-from qgrid.report import compare, kernel_findings, load_findings, numbers, rows
+from qgrid.report import (
+    calibration_findings,
+    compare,
+    kernel_findings,
+    load_findings,
+    numbers,
+    rows,
+    timing_findings,
+)
 from qgrid.report.rows import Row
 from qgrid.types import Measurement, PlannedCell, Record
 
@@ -39,7 +46,6 @@ def surprises(planned: Sequence[PlannedCell], records: Sequence[Record]) -> list
         _fallbacks,
         _failed_checks,
         _left_out,
-        _timing,
         _unpacked,
     ):
         for row in measured:
@@ -48,7 +54,10 @@ def surprises(planned: Sequence[PlannedCell], records: Sequence[Record]) -> list
     for name, story in kernel_findings.apart(measured):
         names.setdefault(story, []).append(name)
     found = [f"{_listed(cells)}: {story}" for story, cells in names.items()]
+    for story, cells in timing_findings.disturbed(measured):
+        found.append(f"{_listed(cells)}: {story}")
     for group in grouped:
+        found += calibration_findings.worse(group)
         found += _rising_divergence(group)
         found += _uninformative(group[0])
     return list(dict.fromkeys(found))
@@ -168,33 +177,6 @@ def _left_out(row: Row) -> Iterator[str]:
             yield f"{what}{where} was left out: {reason}."
 
 
-def _timing(row: Row) -> Iterator[str]:
-    others = row.get("busy_elsewhere")
-    if others is not None and timing.is_unstable(others):
-        yield (
-            f"other processes kept {others.value:.1f} of the processors busy that the timing "
-            "wanted; free the machine and give `rerun=unstable`."
-        )
-    if merged := _against(row, "merged_first_tokens"):
-        yield (
-            "first tokens were read together with the second, so that TTFT is too long and TPOT "
-            f"too short, in {merged} of the requests: the load generator waited for a processor, "
-            "or the server sends tokens in bundles."
-        )
-    if spread := _against(row, "timing_cv"):
-        yield f"the timing is unstable, its repeats vary by {spread}."
-
-
-def _against(row: Row, metric: str) -> str:
-    """The loads at which a share of this metric speaks against the timing: `12 % at batch 4`."""
-    found = ((part, row.get(metric, part)) for part in rows.loads([row], metric))
-    return ", ".join(
-        f"{100 * share.value:.0f} % at {rows.load_name(part)}"
-        for part, share in found
-        if share is not None and timing.is_unstable(share)
-    )
-
-
 def _unpacked(row: Row) -> Iterator[str]:
     if row.is_decompressed:
         yield (
@@ -213,19 +195,12 @@ def _rising_divergence(group: Sequence[Row]) -> Iterator[str]:
         others = tuple(label for axis, label in row.labels.items() if axis != "bits")
         fewer = last.get(others)
         before = None if fewer is None else fewer.get("kld_mean")
-        if fewer is not None and before is not None and _clearly_above(now, before):
+        if fewer is not None and before is not None and compare.clearly_above(now, before):
             yield (
                 f"{row.name}: its KL divergence ({numbers.plain(now.value)} nats) is larger "
                 f"than at {fewer.planned.cell.bits} bits ({numbers.plain(before.value)})."
             )
         last[others] = row
-
-
-def _clearly_above(value: Measurement, other: Measurement) -> bool:
-    mine, theirs = compare.bounds(value), compare.bounds(other)
-    if mine is None or theirs is None:
-        return value.value > other.value
-    return mine[0] > theirs[1]
 
 
 def _uninformative(row: Row) -> Iterator[str]:

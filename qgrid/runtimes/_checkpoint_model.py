@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import adapters, gptq_kernels, merging, models, registry
+from qgrid import adapter_fit, adapters, gptq_kernels, merging, models, registry
 from qgrid.contracts import InvalidEngine, Unsupported
 from qgrid.device import compute_threads
 from qgrid.runtimes import _linears, _storage
@@ -26,12 +26,15 @@ def load(
 
     Raises:
         InvalidEngine: the device or the storage of the weights is not what the cell says.
-        Unsupported: the library does not have the kernel for these weights.
+        Unsupported: the library does not have the kernel for these weights, or PEFT does not keep
+            the adapter beside them.
     """
     import torch
     from transformers import GenerationConfig
 
     _quiet()
+    if reason := refused_adapter(cell, artifact / adapters.FOLDER):
+        raise Unsupported(reason)
     _require_device(cell)
     if cell.gpu.kind == "cpu":
         torch.set_num_threads(compute_threads(cell.runtime.threads))
@@ -43,7 +46,7 @@ def load(
     for module in _storage.linears(model).values():
         _linears.compute_in(module, dtype)
     if adapters.is_attached(cell.model):
-        merging.attach(model, artifact, dtype)
+        merging.attach(model, artifact, cell.method.name, dtype)
     return model, arrived
 
 
@@ -67,6 +70,23 @@ def _model(artifact: Path, cell: Cell, dtype: str, options: Options) -> Any:
         raise Unsupported(
             f"`runtime.kernel={options.kernel}` cannot be had for these weights here: {first}"
         ) from error
+
+
+def refused_adapter(cell: Cell, folder: Path | None = None) -> str | None:
+    """Why the cell's adapter cannot be kept beside what its method stores; imports no torch.
+
+    `folder` holds the adapter; without one it is looked for, and None if it is not on this machine.
+    """
+    made, beside = registry.support(cell.method).produces[cell.bits], _linears.adapted(dora=True)
+    if not adapters.is_attached(cell.model) or made in beside:
+        return None
+    found = adapters.located(cell.model) if folder is None else folder
+    if found is None or not adapter_fit.read(found).config.get("use_dora"):
+        return None
+    return (
+        f"`model.adapter={cell.model.adapter}` has `use_dora=true`, which PEFT computes beside "
+        f"{', '.join(beside)} alone, not beside `{made}`; use `model.adapter_mode=merged`"
+    )
 
 
 def require_storage(arrived: Mapping[_linears.Stored, int], cell: Cell) -> None:

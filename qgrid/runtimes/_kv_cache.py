@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -192,6 +192,8 @@ def _stored(layer: Any) -> Iterator[Any]:
 
 
 def _held(value: Any) -> Held:
+    if isinstance(value, _Repeated):
+        return _held(value.held)
     if isinstance(value, tuple):  # hqq: codes, and a mapping with the rest
         codes, meta = value
         return _weighed(codes, (meta["scale"], meta["zero"]), math.prod(meta["shape"]))
@@ -206,13 +208,16 @@ def _weighed(codes: torch.Tensor, others: tuple[torch.Tensor, ...], numbers: int
     return Held(8 * size / numbers, size + more, numbers)
 
 
-def check(found: list[Held], asked: Quantization) -> Check:
-    """Whether keys and values of every layer are stored in the width that was asked for."""
+def check(found: Sequence[Held], asked: Quantization, where: Sequence[str]) -> Check:
+    """Whether keys and values of every layer are stored in the width that was asked for.
+
+    `where` names the caches that were looked at.
+    """
     widths = sorted({each.bits for each in found})
     told = ", ".join(f"{sum(h.bits == bits for h in found)} of {bits:g} bits" for bits in widths)
     return Check(
         "kv_cache",
         bool(found) and widths == [asked.bits],
         f"keys and values of every layer in {asked.bits} bits",
-        f"tensors {told}" if found else "no tensors",
+        f"{f'tensors {told}' if found else 'no tensors'} ({', '.join(where)})",
     )

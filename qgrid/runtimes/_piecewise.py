@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qgrid.contracts import Scores
 from qgrid.runtimes import _kv_cache
 from qgrid.runtimes._batches import CHUNK_ROWS, Request, cuts, require_rows, runs, within_rows
+from qgrid.runtimes._kv_used import Used
 from qgrid.runtimes._scoring import GROUP_BYTES, normalized, padded
 
 if TYPE_CHECKING:
@@ -36,12 +37,15 @@ class PieceScorer:
     """Computes `Engine.score` for a causal language model with a quantized cache.
 
     `max_tokens` bounds the tokens of one padded forward pass. Models with sliding windows have no
-    such cache.
+    such cache. `used` is told of the caches that were read from, and of the rows.
     """
 
-    def __init__(self, model: Any, cache: Quantization, max_tokens: int, pad: int) -> None:
+    def __init__(
+        self, model: Any, cache: Quantization, max_tokens: int, pad: int, used: Used | None = None
+    ) -> None:
         self._model = model
         self._quantization = cache
+        self._used = Used(cache) if used is None else used
         self._piece = cache.piece
         self._max_tokens = max_tokens
         self._pad = pad
@@ -143,6 +147,9 @@ class PieceScorer:
             keep = max((stop - a for a, b in spans if a < b), default=1)
             pieces = [member.ids[begin : min(stop, len(member.ids) - 1)] for member in members]
             logits = self._read(pieces, cache, begin, keep)
+            if begin > 0:
+                self._used.require("scoring", cache)
+            self._used.add(sum(b - a for a, b in spans if a < b), before=begin > 0)
             offset = stop - keep
             yield [
                 normalized(logits[row, max(a - offset, 0) : max(b - offset, 0)])

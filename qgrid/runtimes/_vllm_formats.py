@@ -28,7 +28,6 @@ _WIDTHS: dict[DeviceKind, dict[str, tuple[int, ...]]] = {
 _FP8_BLOCKS = "vLLM's CPU kernel for FP8 weights in blocks needs a processor with AMX tiles"
 _FP8_STATIC = "vLLM's CPU build lacks the operation that rounds activations to FP8 by a fixed scale"
 _GPTQ_ZEROS = "vLLM loads `gptq` checkpoints without zero points only; set `method.symmetric=true`"
-_FP8_CAPABILITY = 75  # below it not even the kernel that unpacks weights runs
 _AMX = "amx_tile"
 _REFUSED = re.compile(
     r"Failed to find a kernel|not supported|not implemented|no longer supported"
@@ -68,9 +67,6 @@ def refused_format(cell: Cell, format_: str) -> str | None:
             f"vLLM has no {kind} kernel for {cell.bits}-bit weights in `{format_}` with 16-bit "
             f"activations (has: {has} bits)"
         )
-    if format_ == "float-quantized" and kind == "cuda" and _capability(cell) < _FP8_CAPABILITY:
-        capability = cell.gpu.capability
-        return f"vLLM runs FP8 weights from sm_75 on; `gpu={cell.gpu.name}` is {capability}"
     return None
 
 
@@ -109,11 +105,6 @@ def _refused_w4a8(format_: str) -> str | None:
             "multiply 16-bit activations all the same"
         )
     return None
-
-
-def _capability(cell: Cell) -> int:
-    known = cell.gpu.capability
-    return _FP8_CAPABILITY if known is None else int(known.removeprefix("sm_"))
 
 
 def objection(config: Mapping[str, Any], kind: DeviceKind) -> str | None:

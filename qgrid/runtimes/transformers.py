@@ -20,6 +20,7 @@ from qgrid.runtimes import (
     _linears,
     _storage,
 )
+from qgrid.runtimes._kv_used import Used
 from qgrid.runtimes._piecewise import PieceScorer
 from qgrid.runtimes._scoring import Scorer, slides
 from qgrid.types import RuntimeSupport
@@ -27,7 +28,7 @@ from qgrid.types import RuntimeSupport
 if TYPE_CHECKING:
     import torch
 
-    from qgrid.types import Cell, Check
+    from qgrid.types import Cell, Check, KvCache
 
 LOADS = RuntimeSupport(
     loads=dict.fromkeys(("cpu", "cuda"), _linears.formats()),
@@ -35,6 +36,7 @@ LOADS = RuntimeSupport(
     packages=("transformers", "torch", "compressed-tensors", "bitsandbytes", "accelerate"),
     adapters=_linears.adapted(),
 )
+_OF_A_CACHE = ("cache_backend", "cache_group_size", "residual_length", "cache_search")
 _PAD = 0  # any valid id: padded slots are masked
 _PROBED = 8  # tokens of the first forward pass
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # of one padded forward pass
@@ -53,11 +55,11 @@ class Options:
 
 
 def refusal(cell: Cell) -> str | None:
-    """Why the cell's kernel cannot be had for its artifact, or its KV cache for its model."""
+    """Why the cell's kernel or adapter cannot be had for its artifact, or its KV cache."""
     made = registry.support(cell.method).produces[cell.bits]
     kernel = cell.runtime.options.get("kernel", gptq_kernels.AUTO)
-    objection = gptq_kernels.refusal(kernel, made, cell.bits, cell.gpu.kind)
-    return objection or _kv_refusals.refusal(cell)
+    objection = gptq_kernels.refusal(kernel, made, cell.bits, cell.gpu)
+    return objection or _checkpoint_model.refused_adapter(cell) or _kv_refusals.refusal(cell)
 
 
 def more_packages(cell: Cell) -> tuple[str, ...]:
@@ -82,6 +84,14 @@ def baseline_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
+def settled_options(options: Mapping[str, Any], kv_cache: KvCache) -> Mapping[str, Any]:
+    """A cache that is not quantized has no library, groups or search."""
+    if kv_cache.name in _kv_cache.INTENTS:
+        return options
+    plain = {field.name: field.default for field in fields(Options)}
+    return {key: plain[key] if key in _OF_A_CACHE else each for key, each in options.items()}
+
+
 class Transformers:
     """A loaded causal language model (an `Engine`)."""
 
@@ -99,12 +109,15 @@ class Transformers:
         self._device: torch.device = next(model.parameters()).device
         self._cache = cache
         self._kv_dtype, self._kv_held = _probe_cache(model, cache)
+        self._used = None if cache is None else Used(cache)
         tokens = _BATCH_TOKENS[self._device.type]
         self._scorer: Scorer | PieceScorer
         if cache is None:
             self._scorer = Scorer(model, tokens, not slides(model.config), _PAD)
         else:
-            self._scorer = PieceScorer(model, cache, tokens, _PAD)
+            assert self._used is not None
+            self._used.note("loading", self._kv_held)
+            self._scorer = PieceScorer(model, cache, tokens, _PAD, self._used)
         self._options = options
 
     def score(
@@ -137,7 +150,10 @@ class Transformers:
             )
         seconds = [moment - begin for moment in clock.moments]
         rows = output[:, prompt["input_ids"].shape[1] :].tolist()
-        return [_until(row, seconds, frozenset(stop)) for row in rows]
+        made = [_until(row, seconds, frozenset(stop)) for row in rows]
+        if self._used is not None:
+            self._used.generated(prompt["past_key_values"], [len(each.ids) for each in made])
+        return made
 
     def memory(self) -> Memory:
         """See `Engine.memory`; the first forward pass has already unpacked what it unpacks."""
@@ -173,9 +189,11 @@ class Transformers:
         """See `Engine.checks`: `load` has raised already for what differs otherwise."""
         layers = _linear_kernels.kernels(self._model, self._dtype)
         found = _linear_kernels.checks(layers, self._options.kernel)
-        if self._cache is None:
-            return found
-        return [*found, _kv_cache.check(self._kv_held, self._cache)]
+        return found if self._used is None else [*found, self._used.check()]
+
+    def kv_rows(self) -> tuple[int, int] | None:
+        """See `Engine`; None with a cache of 16 bits."""
+        return None if self._used is None else self._used.rows
 
     def close(self) -> None:
         """Free the model's memory."""

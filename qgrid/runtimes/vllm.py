@@ -34,6 +34,7 @@ LOADS = RuntimeSupport(
     loads={"cpu": formats.FORMATS, "cuda": formats.FORMATS},
     kv_cache={"cpu": tuple(settings.KV_TYPES), "cuda": tuple(settings.KV_TYPES)},
     packages=("vllm", "torch", "transformers", "compressed-tensors"),
+    capability="sm_75",  # vLLM's installation guide
     environment="vllm",
 )
 

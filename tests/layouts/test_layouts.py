@@ -44,6 +44,20 @@ def test_format_and_shape(held: dict[str, Tensor], name: str, known: bool) -> No
     assert layouts.shape(held, lambda _: SHAPE) == ((6, 8) if known else None)
 
 
+@pytest.mark.parametrize(
+    ("scales", "name"), [("U8", "mxfp4"), ("F8_E8M0", "mxfp4"), ("F8_E4M3", "nvfp4")]
+)
+def test_four_bit_floats_are_told_by_their_scales(scales: str, name: str) -> None:
+    held = parts(weight_packed="U8", weight_scale=scales)
+    assert layouts.format_of(held) == f"{name}-pack-quantized"
+    assert layouts.shape(held, lambda _: SHAPE) == (6, 16)  # two in a byte
+
+
+def test_codes_may_be_called_floats() -> None:
+    state = "a.q_proj.weight.quant_state.bitsandbytes__nf4"
+    assert layouts.codes(["a.q_proj.weight", state, "a.norm.weight"]) == {"a.q_proj.weight"}
+
+
 def test_only_one_family_takes_a_layer() -> None:
     for held in (HQQ, parts(**BYTES), parts(_weight_qdata="I8", _weight_scale="F32")):
         found = [family for family in layouts._families() if family.format_of(held) is not None]
@@ -51,6 +65,6 @@ def test_only_one_family_takes_a_layer() -> None:
 
 
 def test_every_format_of_these_files_is_one_that_is_loaded() -> None:
-    told = [name for family in layouts._families() for name in getattr(family, "FORMATS", ())]
+    told = [name for family in layouts._families() for name in family.FORMATS]
     assert "hqq" in told
     assert set(told) <= set(_linears.formats())

@@ -15,7 +15,7 @@ from qgrid.measure import answers, compare, loading, quality
 from qgrid.measure.encoding import TooLong
 from qgrid.measure.loading import fits_beside
 from qgrid.metrics import METRICS
-from qgrid.types import Cell, Job, Slices
+from qgrid.types import Cell, Job, KvCache, Slices
 
 MakeJob = Callable[..., Job]
 
@@ -68,6 +68,33 @@ def test_the_same_stage_twice_gives_the_same_bytes(
     second = quality.measure(job)
     assert first.measurements == second.measurements
     assert items == (Path(job.out) / "items.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_what_hardly_reads_the_quantized_cache_is_said(
+    tiny_random: Path,
+    make_cell: Callable[..., Cell],
+    make_job: MakeJob,
+    slices: Slices,
+    monkeypatch: pytest.MonkeyPatch,
+    beside: bool,
+) -> None:
+    """A window of 128 is read in two pieces; the items of `choice` are shorter than one."""
+    items = {name: slices.items[name] for name in ("choice", "exact") if beside}
+    cell = make_cell(slices=replace(slices, items=items), kv_cache=KvCache("int8", 8))
+    monkeypatch.setattr(quality, "fits_beside", lambda *_: beside)
+    result = quality.measure(make_job("quality", cell, tiny_random, tiny_random))
+    shares = result.observed["kv_rows_quantized"]
+    assert shares["prose"] == 63 / 127  # the row of the first token of the second piece and on
+    if not beside:  # the cell's engine is another one then
+        return
+    assert shares["choice"] == 0
+    assert shares["exact"] > 0.4  # three of the four tokens of a reply, and the answer's none
+    (check,) = [each for each in result.checks if each.name == "kv_rows"]
+    assert (check.ok, check.fatal) == (False, False)
+    assert check.actual == "0 % of `choice`"
+    plain = make_job("quality", replace(cell, kv_cache=KvCache("auto16", 16)), tiny_random)
+    assert "kv_rows_quantized" not in quality.measure(plain).observed
 
 
 def test_slices_without_prose(

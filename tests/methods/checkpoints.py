@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qgrid import registry
+from qgrid import codec, plan, registry
 from qgrid.runtimes import transformers as runtime
 from qgrid.types import Calibration, Cell, Method, Model
 from tests import jobs
@@ -23,19 +23,26 @@ Made = Callable[..., tuple[Path, Cell]]
 
 
 def maker(make_cell: Callable[..., Cell], folder: Callable[[str], Path]) -> Made:
-    """`made("hqq", 4, axis=0)`: the folder of that checkpoint, and its cell."""
-    known: dict[Any, tuple[Path, Cell]] = {}
+    """`made("hqq", 4, axis=0)`: the folder of that checkpoint, and its cell.
 
-    def run(method: str, bits: int, **changes: Any) -> tuple[Path, Cell]:
-        key = (method, bits, *changes.items())
+    `calibration` replaces the text of the methods that look at one.
+    """
+    known: dict[str, tuple[Path, Cell]] = {}
+
+    def run(
+        method: str, bits: int, calibration: Calibration = CALIBRATION, **changes: Any
+    ) -> tuple[Path, Cell]:
+        chosen = Method(method, jobs.options(method, **changes))
+        calibrates = plan._calibrates(chosen, registry.support(chosen))
+        cell = make_cell(
+            model=Model("demo", str(MODEL), None, False, False),
+            method=chosen,
+            bits=bits,
+            calibration=calibration if calibrates else None,
+        )
+        key = codec.dumps(cell)
         if key not in known:
             out = folder(method)
-            cell = make_cell(
-                model=Model("demo", str(MODEL), None, False, False),
-                method=Method(method, jobs.options(method, **changes)),
-                bits=bits,
-                calibration=CALIBRATION if registry.method(method).SUPPORTS.calibrated else None,
-            )
             registry.method(method).quantize(cell, MODEL, out)
             known[key] = out, cell
         return known[key]
@@ -71,9 +78,24 @@ def scored(made: tuple[Path, Cell], dtype: str = "float32") -> Scored:
 @cache
 def base() -> torch.Tensor:
     """Log-probabilities of the 16-bit model, computed in fp32."""
+    return computed({})
+
+
+def computed(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The same with other weights in the layers of these names."""
+    model = dense()
+    with torch.no_grad():
+        for name, weight in weights.items():
+            place = model.get_submodule(name).weight
+            place.copy_(weight.reshape(place.shape))
+    return plainly(model)
+
+
+def dense() -> Any:
+    """The 16-bit model in fp32."""
     from transformers import AutoModelForCausalLM
 
-    return plainly(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval())
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
 
 
 def plainly(model: Any) -> torch.Tensor:

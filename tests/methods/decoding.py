@@ -81,7 +81,7 @@ def _compressed(parts: Parts, told: dict[str, Any]) -> torch.Tensor:
         return weight * scale.repeat_interleave(down, 0).repeat_interleave(across, 1)
     rows, columns = parts["weight_shape"].tolist()
     (group,) = told["config_groups"].values()
-    bits = group["weights"]["num_bits"]
+    bits: int = group["weights"]["num_bits"]
     codes = _stream(parts["weight_packed"], bits)[:, :columns]
     zero = torch.zeros(1, 1, dtype=torch.long)
     if "weight_zero_point" in parts:
@@ -89,14 +89,15 @@ def _compressed(parts: Parts, told: dict[str, Any]) -> torch.Tensor:
     length = columns // scale.shape[1]
     centred = codes - 2 ** (bits - 1)
     spread = zero.expand(rows, scale.shape[1]).repeat_interleave(length, 1)
-    return (centred - spread) * scale.repeat_interleave(length, 1)
+    found: torch.Tensor = (centred - spread) * scale.repeat_interleave(length, 1)
+    return found
 
 
 def _stream(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes along each row of words, one after the other, whether or not they end in a word."""
     stream = (words.long()[:, :, None] >> torch.arange(32)) & 1
-    found: torch.Tensor = stream.reshape(len(words), -1, bits) << torch.arange(bits)
-    return found.sum(-1)
+    found: torch.Tensor = (stream.reshape(len(words), -1, bits) << torch.arange(bits)).sum(-1)
+    return found
 
 
 def _bitsandbytes(parts: Parts, told: dict[str, Any]) -> torch.Tensor:

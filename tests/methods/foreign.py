@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from qgrid import artifacts, codec, inspection, registry
+from qgrid import artifacts, codec, inspection, models, registry
 from qgrid.types import Cell, Job
 from tests import jobs
 
@@ -78,6 +78,25 @@ def configured(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     change(config)
     path.unlink()
     path.write_text(json.dumps(config))
+
+
+def write_nf4(base: Path, folder: Path, storage: str) -> Path:
+    """What transformers and bitsandbytes write, codes in the dtype that `storage` names."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_storage=getattr(torch, storage),
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=settings, dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    for name in models.TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    return folder
 
 
 # --- AQLM ----------------------------------------------------------------------------------------

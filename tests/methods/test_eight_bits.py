@@ -10,43 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qgrid import artifacts, inspection, registry
+from qgrid import artifacts, inspection
 from qgrid.methods import fp8, smoothquant
 from qgrid.runtimes import transformers as runtime
-from qgrid.types import Calibration, Cell, Method, Model
+from qgrid.types import Cell
 from tests import jobs
 from tests.conftest import write_model, write_tokenizer
-from tests.runtimes.passes import plain
+from tests.methods import checkpoints
+from tests.methods.checkpoints import MODEL, Made
 
-DEMO = Path(__file__).parents[2] / "qgrid" / "demo"
 LARGEST = 448.0  # of E4M3
 SCHEMES = ("dynamic", "static", "block")
-Made = Callable[..., tuple[Path, Cell]]
-
-
-@pytest.fixture(scope="module")
-def made(make_cell: Callable[..., Cell], tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A checkpoint of the trained model, made once: `made("fp8", scheme="block")`."""
-    known: dict[Any, tuple[Path, Cell]] = {}
-    drawn = Calibration(
-        "t", "package:qgrid.demo/slices/calibration.jsonl", None, None, "train", "text", 8, 128
-    )
-
-    def run(method: str, **changes: Any) -> tuple[Path, Cell]:
-        key = (method, *changes.items())
-        if key not in known:
-            folder = tmp_path_factory.mktemp(method)
-            cell = make_cell(
-                model=Model("demo", str(DEMO / "model"), None, False, False),
-                method=Method(method, jobs.options(method, **changes)),
-                bits=8,
-                calibration=drawn,
-            )
-            registry.method(method).quantize(cell, DEMO / "model", folder)
-            known[key] = folder, cell
-        return known[key]
-
-    return run
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -69,9 +43,9 @@ NAME = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_fp8_weights_are_the_nearest_of_their_scale(scheme: str, made: Made) -> None:
     """Three bits of mantissa: a relative error of 2^-4 / sqrt(3) at most, 2.3 to 2.8 % overall."""
-    folder, _ = made("fp8", scheme=scheme)
+    folder, _ = made("fp8", 8, scheme=scheme)
     stored = load_file(folder / "model.safetensors")
-    before = load_file(DEMO / "model" / "model.safetensors")[f"{NAME}.weight"].double()
+    before = load_file(MODEL / "model.safetensors")[f"{NAME}.weight"].double()
     scale = _spread(stored[f"{NAME}.weight_scale"].double(), before.shape)
     blocks = {"dynamic": (1, 256), "static": before.shape, "block": (128, 128)}[scheme]
     wanted = _largest(before, blocks) / LARGEST
@@ -101,9 +75,9 @@ def _largest(weight: torch.Tensor, block: Any) -> torch.Tensor:
 
 def test_smoothed_weights_are_the_nearest_of_the_scaled_ones(made: Made) -> None:
     """Scales are in the norm before, a rounding step is a row's largest weight / 127.5."""
-    folder, _ = made("smoothquant")
+    folder, _ = made("smoothquant", 8)
     stored = load_file(folder / "model.safetensors")
-    before = load_file(DEMO / "model" / "model.safetensors")
+    before = load_file(MODEL / "model.safetensors")
     norm = "model.layers.0.post_attention_layernorm.weight"
     smooth = before[norm].double() / stored[norm].double()
     assert float(smooth.max() / smooth.min()) > 2  # it did smooth
@@ -131,7 +105,7 @@ def test_transformers_rounds_activations_and_says_so(
     method: str, stored: str, label: str, dtype: str, made: Made
 ) -> None:
     """Rounded by token, then multiplied with unpacked weights in floating point."""
-    folder, cell = made(method)
+    folder, cell = made(method, 8)
     loaded = runtime.load(folder, cell, dtype)
     seen = loaded.observed()
     assert seen["stores_in"] == {stored: 35}
@@ -165,33 +139,14 @@ def _rounded(given: torch.Tensor, method: str) -> torch.Tensor:
 
 def test_eight_bits_cost_little_and_more_than_weights_alone(made: Made) -> None:
     """KL divergence from 16 bits on the trained model; int8 rounds finer than E4M3."""
-    model, ids = _model(), some_ids_of_prose()
-    base = plain(model, ids)[:-1].double()
 
     def apart(method: str, **changes: Any) -> float:
-        folder, cell = made(method, **changes)
-        loaded = runtime.load(folder, cell, "float32")
-        found = next(loaded.score([ids], [len(ids) - 1])).logprobs.double()
-        loaded.close()
-        return float((base.exp() * (base - found)).sum(-1).mean())
+        return checkpoints.divergence(checkpoints.scored(made(method, 8, **changes))[0])
 
     smooth = apart("smoothquant")
     eights = [apart("fp8", scheme=scheme) for scheme in SCHEMES]
     assert 1e-6 < smooth < 1e-3
     assert all(smooth < each < 5e-3 for each in eights)
-
-
-def _model() -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32).eval()
-
-
-def some_ids_of_prose() -> list[int]:
-    from transformers import AutoTokenizer
-
-    text = (DEMO / "slices" / "prose.txt").read_text()[:4000]
-    return list(AutoTokenizer.from_pretrained(DEMO / "model")(text)["input_ids"][:500])
 
 
 def test_blocks_that_do_not_divide_are_refused_before_any_work(

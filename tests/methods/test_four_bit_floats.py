@@ -10,42 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qgrid import artifacts, inspection, registry
+from qgrid import artifacts, calibration, inspection, registry
+from qgrid.methods import _checkpoint
 from qgrid.runtimes import transformers as runtime
-from qgrid.types import Calibration, Cell, Method, Model
+from qgrid.types import Cell
 from tests import jobs
 from tests.conftest import write_model, write_tokenizer
-from tests.runtimes.passes import plain
+from tests.methods import checkpoints
+from tests.methods.checkpoints import MODEL, Made
 
-DEMO = Path(__file__).parents[2] / "qgrid" / "demo"
+NAME = "model.layers.0.mlp.up_proj"
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
 FP4 = torch.tensor([0, 1 / 16, 8, 12, 4, 6, 2, 3], dtype=torch.float64) / 12  # by code
-Made = Callable[..., tuple[Path, Cell]]
-
-
-@pytest.fixture(scope="module")
-def made(make_cell: Callable[..., Cell], tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A checkpoint of the trained model, made once: `made("nvfp4", activations=True)`."""
-    known: dict[Any, tuple[Path, Cell]] = {}
-    drawn = Calibration(
-        "t", "package:qgrid.demo/slices/calibration.jsonl", None, None, "train", "text", 8, 128
-    )
-
-    def run(method: str, **changes: Any) -> tuple[Path, Cell]:
-        key = (method, *changes.items())
-        if key not in known:
-            folder = tmp_path_factory.mktemp(method)
-            cell = make_cell(
-                model=Model("demo", str(DEMO / "model"), None, False, False),
-                method=Method(method, jobs.options(method, **changes)),
-                bits=4,
-                calibration=drawn if changes.get("activations") and method == "nvfp4" else None,
-            )
-            registry.method(method).quantize(cell, DEMO / "model", folder)
-            known[key] = folder, cell
-        return known[key]
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -132,7 +108,7 @@ def _nibbles(packed: torch.Tensor, low_first: bool) -> torch.Tensor:
 
 
 def _plain() -> dict[str, torch.Tensor]:
-    found = load_file(DEMO / "model" / "model.safetensors")
+    found = load_file(MODEL / "model.safetensors")
     return {name.removesuffix(".weight"): value.double() for name, value in found.items()}
 
 
@@ -172,7 +148,7 @@ def test_weights_are_the_nearest_of_their_grid(
     That is 9.5 % of them for E2M1 under scales of 16, 11.4 % under powers of two for 32, and 12.3 %
     for FP4 under the largest of 64: the trained weights are nearly normal.
     """
-    folder, _ = made(method, **changes)
+    folder, _ = made(method, 4, **changes)
     weights, before = dequantized(folder), _plain()
     assert len(weights) == 35
     normal = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0)).double()
@@ -192,7 +168,7 @@ def test_weights_are_the_nearest_of_their_grid(
 
 def test_layers_that_read_the_same_input_share_their_scale_of_the_tensor(made: Made) -> None:
     """So that they can run as one: the largest weight of them becomes 448 times 6."""
-    stored = load_file(made("nvfp4")[0] / "model.safetensors")
+    stored = load_file(made("nvfp4", 4)[0] / "model.safetensors")
     before = _plain()
     for parts in (["mlp.up_proj", "mlp.gate_proj"], ["mlp.down_proj"]):
         names = [f"model.layers.0.{part}" for part in parts]
@@ -207,74 +183,66 @@ def test_loaded_model_computes_the_decoded_weights(
     method: str, changes: dict[str, Any], made: Made
 ) -> None:
     """In fp32. Weights of NVFP4 are unpacked to bf16, which rounds a scale times a code."""
-    folder, cell = made(method, **changes)
-    loaded = runtime.load(folder, cell, "float32")
-    seen = loaded.observed()
+    folder, cell = made(method, 4, **changes)
+    found, seen = checkpoints.scored((folder, cell))
     (stored,) = registry.support(cell.method).produces.values()
     assert seen["stores_in"] == {stored: 35}
-    ids = _ids()
-    found = next(loaded.score([ids], [len(ids) - 1])).logprobs
-    loaded.close()
-    model = _model()
-    with torch.no_grad():
-        for name, weight in dequantized(folder).items():
-            place = model.get_submodule(name).weight
-            exact = weight.bfloat16() if method == "nvfp4" else weight
-            place.copy_(exact.reshape(place.shape))
-    expected = plain(model, ids)[:-1]
-    assert float((found - expected).abs().max()) < 1e-3
-    assert float((found - plain(_model(), ids)[:-1]).abs().max()) > 0.05  # of the plain weights
+    weights = dequantized(folder)
+    if method == "nvfp4":
+        weights = {name: weight.bfloat16() for name, weight in weights.items()}
+    assert float((found - checkpoints.computed(weights)).abs().max()) < 1e-3
+    assert float((found - checkpoints.base()).abs().max()) > 0.05  # of the plain weights
 
 
 @pytest.mark.parametrize("method", ["nvfp4", "mxfp4"])
 def test_activations_are_rounded_to_the_grid(method: str, made: Made) -> None:
-    folder, cell = made(method, activations=True)
+    """By hand: `rounded`, under NVFP4's scale of the tensor that calibration text gave.
+
+    That scale takes the largest activation of the text to 448 times 6.
+    """
+    folder, cell = made(method, 4, activations=True)
     loaded = runtime.load(folder, cell, "float32")
     seen = loaded.observed()
     assert seen["computes_in"] == {"float32 with activations rounded to fp4": 35}
     assert [layer["scheme"] for layer in seen["linear_kernels"]] == ["W4A4"]
-    layer = loaded._model.get_submodule("model.layers.0.mlp.up_proj")
+    layer = loaded._model.get_submodule(NAME)
     given = torch.randn(7, 256, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         found = layer(given[None])[0].double()
     weight, exact = layer.weight.double().T, given.double()
     effect = _apart(exact @ weight, found)
     assert 0.08 < effect < 0.20  # as the weights: 10 to 13 % of each activation
-    if method == "mxfp4":
-        assert _apart(rounded(exact, method) @ weight, found) < 0.01
+    stored = load_file(folder / "model.safetensors")
+    tensor = stored.get(f"{NAME}.input_global_scale", torch.ones(1)).item()
+    assert _apart(rounded(exact, method, tensor) @ weight, found) < effect / 100
     loaded.close()
+    if method == "nvfp4":
+        assert tensor == pytest.approx(448 * 6 / _largest_input(cell), rel=0.05)
+
+
+def _largest_input(cell: Cell) -> float:
+    """The largest activation that the 16-bit model has there on the cell's calibration text."""
+    assert cell.calibration is not None
+    model, found = checkpoints.dense(), []
+    layer = model.get_submodule(NAME)
+    layer.register_forward_pre_hook(lambda _, given: found.append(float(given[0].abs().max())))
+    rows = calibration.draw(cell.calibration, _checkpoint.tokenizer(MODEL, cell.model), 0).rows
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([list(row) for row in rows]))
+    return max(found)
 
 
 def test_four_bits_cost_about_the_same_and_rounded_activations_more(made: Made) -> None:
     """KL divergence from 16 bits on the trained model."""
-    ids = _ids()
-    base = plain(_model(), ids)[:-1].double()
 
     def apart(method: str, **changes: Any) -> float:
-        folder, cell = made(method, **changes)
-        loaded = runtime.load(folder, cell, "float32")
-        found = next(loaded.score([ids], [len(ids) - 1])).logprobs.double()
-        loaded.close()
-        return float((base.exp() * (base - found)).sum(-1).mean())
+        return checkpoints.divergence(checkpoints.scored(made(method, 4, **changes))[0])
 
     forms = {method: apart(method, **changes) for method, changes in FORMS}
     assert forms["nvfp4"] < forms["mxfp4"]  # scales of 16 in FP8 against powers of two for 32
     assert all(1e-4 < each < 0.1 for each in forms.values())
     for method in ("nvfp4", "mxfp4"):
         assert apart(method, activations=True) > 1.2 * forms[method]
-
-
-def _model() -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32).eval()
-
-
-def _ids() -> list[int]:
-    from transformers import AutoTokenizer
-
-    text = (DEMO / "slices" / "prose.txt").read_text()[:3000]
-    return list(AutoTokenizer.from_pretrained(DEMO / "model")(text)["input_ids"][:300])
 
 
 # --- before any work -----------------------------------------------------------------------------

@@ -23,11 +23,6 @@ ACROSS: dict[str, Any] = {"axis": 0}
 LAYER = "model.layers.0.mlp.down_proj"
 
 
-@pytest.fixture(scope="module")
-def made(make_cell: Callable[..., Cell], tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return checkpoints.maker(make_cell, tmp_path_factory.mktemp)
-
-
 @pytest.mark.parametrize(
     ("bits", "changes", "stored"),
     [
@@ -138,11 +133,13 @@ def test_what_does_not_divide_is_refused_before_any_work(
     assert "(288 columns); use `method.group_size=32` (divides all) or" in said
     across = str(_refusal(make_cell, tmp_path, 4, axis=0))
     assert "does not divide the rows of 2 layers" in across
+    assert across.endswith("`method.group_size=null` (one scale a column)")
     assert _refusal(make_cell, tmp_path, 4, group_size=32) is None
     words = str(_refusal(make_cell, tmp_path, 3, group_size=32, axis=0))
     assert "packs codes of 3 bits 10 in a word, which 32 along `method.axis=0`" in words
     keep = {"model.layers.0.mlp.*": 3}
     assert _refusal(make_cell, tmp_path, 4, group_size=32, axis=0, keep=keep) == words
+    assert _refusal(make_cell, tmp_path, 4, keep={"*.down_proj": 16}) is None
     assert "5 bits" in str(_refusal(make_cell, tmp_path, 4, keep={"model.*": 5}))
     with pytest.raises(Unsupported, match="does not divide the columns"):
         job = jobs.job(make_cell, tmp_path / "store", tmp_path / "model", "hqq", 4)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qgrid import artifacts, inspection, registry
 from qgrid.artifacts import BadArtifact
-from qgrid.contracts import Unsupported
+from qgrid.contracts import InvalidEngine, Unsupported
 from qgrid.methods import _checkpoint, _layerwise
 from qgrid.types import Cell
 from tests import jobs
@@ -20,31 +20,6 @@ from tests.conftest import write_model
 from tests.methods import decoding
 
 CASES = [("hqq", 3), ("quanto", 4), ("quanto", 8), ("torchao", 8)]
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory, tiny_random: Path) -> Path:
-    """Another architecture: biases, an untied head, fp16."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    folder = tmp_path_factory.mktemp("qwen")
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=False,
-    )
-    model = Qwen2ForCausalLM(config)
-    for name, value in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(value)
-    model.to(torch.float16).save_pretrained(folder)
-    _checkpoint.copy_tokenizer(tiny_random, folder)
-    return folder
 
 
 @pytest.fixture
@@ -155,7 +130,7 @@ def test_a_file_without_a_tensor_is_not_loaded(
     path.unlink()
     save_file(tensors, path)
     load = registry.loader(job.planned.cell.method)
-    with pytest.raises(ValueError, match=r"holds no model\.layers\.1\.input_layernorm\.weight;"):
+    with pytest.raises(InvalidEngine, match=r"holds no model\.layers\.1\.input_layernorm\.weight;"):
         load(Path(job.artifact), {"dtype": "auto"})
 
 

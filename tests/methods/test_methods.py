@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from qgrid import artifacts, codec, models, registry
+from qgrid import artifacts, codec, estimate, models, plan, registry
 from qgrid.artifacts import BadArtifact
 from qgrid.contracts import Built, Unsupported
 from qgrid.files import HashCache
 from qgrid.methods import _checkpoint, _packed
-from qgrid.types import Cell, StageResult
+from qgrid.types import Cell, Method, StageResult
 from tests import jobs
 
 OWN = ("none", "rtn", "gptq", "awq", "nf4", "int8", "smoothquant", "fp8")
@@ -231,12 +231,17 @@ def test_schemes_are_those_of_compressed_tensors(scheme: str) -> None:
         ("int8", 8, {}, 8.0078),
     ],
 )
-def test_bits_of_a_large_layer_are_the_published_ones(
-    method: str, bits: int, changes: dict[str, Any], published: float
+def test_planned_bits_are_the_published_ones(
+    method: str,
+    bits: int,
+    changes: dict[str, Any],
+    published: float,
+    make_cell: Callable[..., Cell],
 ) -> None:
-    module: Any = registry.method(method)
-    derived = module.linear_bits_per_weight(bits, jobs.options(method, **changes))
-    assert derived == pytest.approx(published, abs=1e-3)
+    cell = make_cell(method=Method(method, jobs.options(method, **changes)), bits=bits)
+    sizes = estimate.Architecture(32, 4096, 32, 8, 128, 14336, 128256, tied=False)
+    planned = 8 * plan._weight_bytes(cell, sizes) - 16 * sizes.other_weights
+    assert planned / sizes.linear_weights == pytest.approx(published, abs=1e-3)
 
 
 @pytest.mark.parametrize("method", OWN)
@@ -274,30 +279,6 @@ def test_a_method_of_ones_own_needs_no_exact_bits(
     assert checks["bits"].ok
     assert not checks["reload"].ok
     assert not checks["reload"].fatal
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory, tiny_random: Path) -> Path:
-    """Another architecture: biases, an untied head, fp16, weights in several files."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    folder = tmp_path_factory.mktemp("qwen")
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=False,
-    )
-    model = Qwen2ForCausalLM(config).to(torch.float16)
-    model.save_pretrained(folder, max_shard_size="300KB")
-    _checkpoint.copy_tokenizer(tiny_random, folder)
-    assert len(list(folder.glob("*.safetensors"))) > 1
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from qgrid import artifacts, inspection, legality, registry
 from qgrid.artifacts import BadArtifact
 from qgrid.files import HashCache
 from qgrid.methods import _checkpoint
-from qgrid.types import Calibration, Cell, Method, Model, StageResult
+from qgrid.types import Cell, Method, StageResult
 from tests import jobs
-from tests.methods import unpacking
+from tests.methods import checkpoints, unpacking
+from tests.methods.checkpoints import CALIBRATION, MODEL, Made
 
 pytestmark = pytest.mark.slow
-DEMO = Path(__file__).parents[2] / "qgrid" / "demo"
 Build = Callable[..., StageResult]
 
 
@@ -194,7 +194,7 @@ def test_a_width_that_only_the_default_format_has(
 
 
 @dataclass(frozen=True)
-class Made:
+class Decoded:
     """A checkpoint of the trained model, and what its decoded weights compute in fp32."""
 
     folder: Path
@@ -205,33 +205,20 @@ class Made:
 @pytest.fixture(scope="module")
 def plain() -> dict[str, torch.Tensor]:
     """The trained model's own linear weights, fp64."""
-    found = _dense().named_modules()
+    found = checkpoints.dense().named_modules()
     return {n: m.weight.detach().double() for n, m in found if _is_decoder_linear(n, m)}
 
 
 @pytest.fixture(scope="module")
-def made(
-    make_cell: Callable[..., Cell], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Made]:
-    """Quantize the trained model once: `made("gptq", 4, format="gptq")`."""
-    known: dict[Any, Made] = {}
-    drawn = Calibration(
-        "t", "package:qgrid.demo/slices/calibration.jsonl", None, None, "train", "text", 8, 128
-    )
+def decoded(made: Made) -> Callable[..., Decoded]:
+    """`decoded("gptq", 4, format="gptq")`, each once."""
+    known: dict[Path, Decoded] = {}
 
-    def run(method: str, bits: int, **changes: Any) -> Made:
-        key = (method, bits, *changes.items())
-        if key not in known:
-            folder = tmp_path_factory.mktemp(method)
-            cell = make_cell(
-                model=Model("demo", str(DEMO / "model"), None, False, False),
-                method=Method(method, jobs.options(method, **changes)),
-                bits=bits,
-                calibration=drawn,
-            )
-            registry.method(method).quantize(cell, DEMO / "model", folder)
-            known[key] = _decoded(folder)
-        return known[key]
+    def run(method: str, bits: int, **changes: Any) -> Decoded:
+        folder, _ = made(method, bits, **changes)
+        if folder not in known:
+            known[folder] = _decoded(folder)
+        return known[folder]
 
     return run
 
@@ -240,13 +227,7 @@ def _is_decoder_linear(name: str, module: Any) -> bool:
     return isinstance(module, torch.nn.Linear) and ".layers." in name
 
 
-def _dense() -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32).eval()
-
-
-def _decoded(folder: Path) -> Made:
+def _decoded(folder: Path) -> Decoded:
     """A native checkpoint by its bits; one of compressed-tensors as its library unpacks it."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -256,13 +237,13 @@ def _decoded(folder: Path) -> Made:
         logprobs = _logprobs(model)
         found = model.named_modules()
         weights = {n: m.weight.detach().double() for n, m in found if _is_decoder_linear(n, m)}
-        return Made(folder, weights, logprobs)
+        return Decoded(folder, weights, logprobs)
     weights = unpacking.weights(folder)
-    stored, model = load_file(folder / "model.safetensors"), _dense()
+    stored, model = load_file(folder / "model.safetensors"), checkpoints.dense()
     kept = {name: value for name, value in stored.items() if name in model.state_dict()}
     linears = {f"{name}.weight": value for name, value in weights.items()}
     model.load_state_dict({**kept, **linears}, strict=False)
-    return Made(folder, weights, _logprobs(model))
+    return Decoded(folder, weights, _logprobs(model))
 
 
 def _logprobs(model: Any) -> torch.Tensor:
@@ -276,8 +257,8 @@ def _logprobs(model: Any) -> torch.Tensor:
 def _prose() -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    text = (DEMO / "slices" / "prose.txt").read_text()[:20000]
-    ids = AutoTokenizer.from_pretrained(DEMO / "model")(text)["input_ids"]
+    text = (checkpoints.DEMO / "slices" / "prose.txt").read_text()[:20000]
+    ids = AutoTokenizer.from_pretrained(MODEL)(text)["input_ids"]
     return [ids[start : start + 200] for start in range(0, 1200, 200)]
 
 
@@ -296,7 +277,7 @@ def test_weights_are_as_far_from_the_original_as_their_width_says(
     bits: int,
     low: float,
     high: float,
-    made: Callable[..., Made],
+    decoded: Callable[..., Decoded],
     plain: dict[str, torch.Tensor],
 ) -> None:
     """Rounding a normal weight to steps of its group's range errs by step / sqrt(12).
@@ -305,7 +286,7 @@ def test_weights_are_as_far_from_the_original_as_their_width_says(
     and the relative error 0.21, 0.10, 0.0059 at 3, 4, 8 bits: the lower end. GPTQ moves weights
     further on purpose, at most 3 times as far here: the upper end.
     """
-    found = made("gptq", bits, format="gptq").weights
+    found = decoded("gptq", bits, format="gptq").weights
     assert found.keys() == plain.keys()
     errors = [_apart(found[name], plain[name]) for name in plain]
     assert low < min(errors)
@@ -313,26 +294,26 @@ def test_weights_are_as_far_from_the_original_as_their_width_says(
 
 
 def test_outputs_are_nearer_than_by_rounding(
-    made: Callable[..., Made], plain: dict[str, torch.Tensor]
+    decoded: Callable[..., Decoded], plain: dict[str, torch.Tensor]
 ) -> None:
     """What GPTQ is for: worse weights, better products, on inputs that it has not seen."""
     inputs: list[torch.Tensor] = []
-    model = _dense()
+    model = checkpoints.dense()
     name = "model.layers.0.self_attn.q_proj"
     layer = model.get_submodule(name)
     layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].double()))
     _logprobs(model)
     given = inputs[0].flatten(0, 1)
-    rounded = made("rtn", 4).weights[name]
-    treated = made("gptq", 4, format="gptq").weights[name]
+    rounded = decoded("rtn", 4).weights[name]
+    treated = decoded("gptq", 4, format="gptq").weights[name]
     assert _apart(treated, plain[name]) > _apart(rounded, plain[name])
     exact = given @ plain[name].T
     assert _apart(given @ treated.T, exact) < 0.9 * _apart(given @ rounded.T, exact)
 
 
-def test_wider_is_nearer(made: Callable[..., Made]) -> None:
-    base = _logprobs(_dense())
-    apart = [_kld(base, made("gptq", bits, format="gptq").logprobs) for bits in (2, 3, 4, 8)]
+def test_wider_is_nearer(decoded: Callable[..., Decoded]) -> None:
+    base = _logprobs(checkpoints.dense())
+    apart = [_kld(base, decoded("gptq", bits, format="gptq").logprobs) for bits in (2, 3, 4, 8)]
     assert apart == sorted(apart, reverse=True)
     assert all(wide < 0.5 * narrow for narrow, wide in itertools.pairwise(apart))
     assert apart[-1] < 1e-4
@@ -344,7 +325,7 @@ def test_wider_is_nearer(made: Callable[..., Made]) -> None:
 def test_the_three_ways_of_gptq_agree(
     library: str,
     order: str | None,
-    made: Callable[..., Made],
+    decoded: Callable[..., Decoded],
     plain: dict[str, torch.Tensor],
 ) -> None:
     """One algorithm, three libraries: equally far from the original, layer by layer.
@@ -354,23 +335,23 @@ def test_the_three_ways_of_gptq_agree(
     codes differ where the libraries' sums round differently. gptqmodel does the arithmetic also
     under optimum, which leads to the same weights to the bit.
     """
-    native = made("gptq", 4, format="gptq", library=library, activation_order=order)
-    other = made("gptq", 4, activation_order=order)
+    native = decoded("gptq", 4, format="gptq", library=library, activation_order=order)
+    other = decoded("gptq", 4, activation_order=order)
     ratios = [
         _apart(native.weights[name], plain[name]) / _apart(other.weights[name], plain[name])
         for name in plain
     ]
-    base = _logprobs(_dense())
+    base = _logprobs(checkpoints.dense())
     assert all(0.95 < ratio < 1.05 for ratio in ratios)
     assert 0.99 < sum(ratios) / len(ratios) < 1.01
     assert 0.5 < _kld(base, native.logprobs) / _kld(base, other.logprobs) < 2
     if library == "optimum":
-        direct = made("gptq", 4, format="gptq", library="gptqmodel", activation_order=order)
+        direct = decoded("gptq", 4, format="gptq", library="gptqmodel", activation_order=order)
         assert all(torch.equal(native.weights[name], direct.weights[name]) for name in plain)
 
 
 def test_awq_rounds_the_scaled_weights(
-    made: Callable[..., Made], plain: dict[str, torch.Tensor]
+    decoded: Callable[..., Decoded], plain: dict[str, torch.Tensor]
 ) -> None:
     """Scales are folded into the norm before: with them, weights are 4-bit roundings of theirs.
 
@@ -379,8 +360,8 @@ def test_awq_rounds_the_scaled_weights(
     """
     from safetensors.torch import load_file
 
-    found = made("awq", 4, format="awq")
-    before = load_file(DEMO / "model" / "model.safetensors")
+    found = decoded("awq", 4, calibration=replace(CALIBRATION, samples=2), format="awq")
+    before = load_file(MODEL / "model.safetensors")
     after = load_file(found.folder / "model.safetensors")
     norms = {"self_attn.q_proj": "input_layernorm", "mlp.up_proj": "post_attention_layernorm"}
     for layer in range(5):
@@ -391,4 +372,4 @@ def test_awq_rounds_the_scaled_weights(
             name = f"model.layers.{layer}.{part}"
             error = _apart(found.weights[name], plain[name] * scale)
             assert 0.08 < error < (0.14 if part == "self_attn.q_proj" else 0.4)
-    assert _kld(_logprobs(_dense()), found.logprobs) < 0.01
+    assert _kld(_logprobs(checkpoints.dense()), found.logprobs) < 0.01

@@ -75,7 +75,9 @@ def test_thirty_two_bits_are_stored_and_run(planned: Build, tiny_random: Path) -
     assert contents.format == "safetensors-32bit"
     assert (contents.bits_per_weight, contents.linear_bits_per_weight) == (32, 32)
     loaded = runtime.load(Path(job.artifact), job.planned.cell, "float32")
-    assert loaded.observed()["stores_in"] == {"float32": 14}
+    seen = loaded.observed()
+    assert seen["stores_in"] == {"float32": 14}
+    assert [each["scheme"] for each in seen["linear_kernels"]] == ["W32A32"]
     ids = list(range(40))
     found = next(loaded.score([ids], [39])).logprobs
     loaded.close()
@@ -108,9 +110,22 @@ def test_what_fp16_cannot_hold_is_named(planned: Build, tmp_path: Path) -> None:
     with pytest.raises(Unsupported) as caught:
         artifacts.build(planned("float16", folder))
     said = str(caught.value)
-    assert "at most 65504, which 1 tensors exceed: model.layers.1.mlp.up_proj.weight;" in said
+    assert "at most 65504, which 1 tensor exceeds: model.layers.1.mlp.up_proj.weight;" in said
     assert "use `method.dtype=bfloat16`" in said
     artifacts.build(planned("bfloat16", folder))  # followed
+
+
+def test_a_weight_that_is_no_number_is_not_too_large(planned: Build, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    write_model(folder)
+    write_tokenizer(folder)
+    stored = load_file(_weights(folder))
+    stored["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(stored, _weights(folder), metadata={"format": "pt"})
+    with pytest.raises(
+        artifacts.BadArtifact, match=r"`finite`.*1 in model\.layers\.1\.mlp\.up_proj"
+    ):
+        artifacts.build(planned("float16", folder))
 
 
 def test_baseline_is_what_is_stored_at_sixteen_bits(make_cell: Callable[..., Cell]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from qgrid import artifacts, codec
 from qgrid.artifacts import BadArtifact
-from qgrid.contracts import InvalidEngine, Unsupported
+from qgrid.contracts import InvalidEngine, Unreachable, Unsupported
 from qgrid.files import HashCache, sha256
 from qgrid.gguf import convert, quantization
 from qgrid.methods import prequantized
@@ -189,5 +189,5 @@ def test_missing_file_is_one_sentence(make: Make, tmp_path: Path) -> None:
 
 
 def test_unreachable_file_on_the_hub_is_one_sentence(make: Make) -> None:
-    with pytest.raises(Unsupported, match=r"neither a local file nor one on the hub"):
+    with pytest.raises(Unreachable, match=r"cannot be had from the hub at this moment"):
         built(make("acme/model-GGUF/model-Q4_0.gguf"))

@@ -20,11 +20,6 @@ FLOATS = ("float8", "float8_e5m2")
 CASES = [*((bits, "int") for bits in (2, 4, 8)), *((8, weights) for weights in FLOATS)]
 
 
-@pytest.fixture(scope="module")
-def made(make_cell: Callable[..., Cell], tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return checkpoints.maker(make_cell, tmp_path_factory.mktemp)
-
-
 @pytest.mark.parametrize(("bits", "weights"), CASES)
 def test_every_width_is_what_it_says(
     bits: int, weights: str, tmp_path: Path, tiny_random: Path, make_cell: Callable[..., Cell]
@@ -131,9 +126,17 @@ def test_the_librarys_own_class_loads_the_folder(bits: int, made: Made) -> None:
             assert torch.equal(own(input_ids=given).logits, ours(input_ids=given).logits)
 
 
-def test_nothing_is_compiled() -> None:
+def test_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the extension for GPUs either, which the library registers where there is one."""
+    from optimum.quanto.library.extensions import extension
+    from optimum.quanto.library.extensions.extension import get_extension
+
+    for_cuda = extension.Extension("quanto_cuda", "/nowhere", ["unpack.cu"])
+    monkeypatch.setitem(extension._extensions, "quanto_cuda", for_cuda)
     quanto_library.library()
-    from optimum.quanto.library.extensions import get_extension
+    assert not extension.is_extension_available("quanto_cuda")  # else other kernels are chosen
+    assert for_cuda.lib.__module__ == quanto_library.__name__
+    quanto_library.library()
 
     assert get_extension("quanto_cpp").lib.__module__ == quanto_library.__name__
     packed = torch.tensor([[0b11100100]], dtype=torch.uint8)

@@ -6,7 +6,6 @@ E4M3 or NF4 into the formats of compressed-tensors and bitsandbytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,6 @@ _READ = {
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
 _LAST, _BEFORE = "mlp.down_proj", "mlp.up_proj"
-
-
-@pytest.fixture(scope="module")
-def made(make_cell: Callable[..., Cell], tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return checkpoints.maker(make_cell, tmp_path_factory.mktemp)
 
 
 def scaled(now: Parts, folder: Path) -> Parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from qgrid.artifacts import BadArtifact
 from qgrid.contracts import InvalidEngine, Unsupported
 from qgrid.methods import torchao
 from qgrid.runtimes import transformers as runtime
-from qgrid.types import Cell, Method
+from qgrid.types import Cell, Gpu, Method
 from tests import jobs
 from tests.methods import checkpoints, decoding
 from tests.methods.checkpoints import MODEL, Made
@@ -22,14 +23,9 @@ from tests.methods.checkpoints import MODEL, Made
 SCHEMES = ("int8_weight_only", "int8_dynamic", "float8_weight_only")
 REFUSED = {
     "int4_weight_only": r"mslk >= 1\.0\.0",
-    "float8_dynamic": r"capability >= 8\.9",
+    "float8_dynamic": r"capability >= 8\.9'\), and `gpu=cpu` is a CPU",
     "intx_weight_only": "in a byte each, so that nothing shrinks",
 }
-
-
-@pytest.fixture(scope="module")
-def made(make_cell: Callable[..., Cell], tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return checkpoints.maker(make_cell, tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -149,6 +145,24 @@ def test_what_cannot_be_had_is_refused_by_name(
         artifacts.build(job)
     cell = make_cell(method=Method("torchao", jobs.options("torchao")), bits=8)
     assert torchao.refusal(cell) is None
+
+
+@pytest.mark.parametrize(
+    ("scheme", "capability", "said"),
+    [
+        ("int4_weight_only", "sm_90", "is packed by `mslk`"),
+        ("float8_dynamic", "sm_80", "from sm_89 on .*, and `gpu=a100` is sm_80;"),
+        ("float8_dynamic", "sm_90", "on this GPU what qgrid has not compared"),
+    ],
+)
+def test_no_gpu_is_asked_for_where_there_is_one(
+    scheme: str, capability: str, said: str, make_cell: Callable[..., Cell]
+) -> None:
+    method = Method("torchao", jobs.options("torchao", scheme=scheme))
+    gpu = Gpu("a100", "cuda", "A100", capability, 80.0, None, 1)
+    reason = str(torchao.refusal(make_cell(method=method, bits=8, gpu=gpu)))
+    assert re.search(f"^`method.scheme={scheme}` .*{said}", reason)
+    assert "needs a GPU" not in reason
 
 
 def test_an_intx_4_that_does_not_shrink_is_caught(

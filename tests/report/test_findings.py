@@ -84,6 +84,17 @@ def test_an_unstable_timing(sweep: Sweep, make_number: Number) -> None:
     assert about(unstable, "nf4 at 4 bits: the timing is unstable")[0].endswith("12 % at batch 4.")
 
 
+def test_unstable_timings_of_several_cells_are_one_sentence(
+    sweep: Sweep, make_number: Number
+) -> None:
+    one = sweep.measured("nf4", 4, make_number("timing_cv", 0.12, "concurrency=4"))
+    both = one.measured("gptq", 4, make_number("timing_cv", 0.31, "concurrency=4"))
+    assert about(both, "timing is unstable") == [
+        "nf4 at 4 bits, gptq at 4 bits: the timing is unstable, its repeats vary by "
+        "12 to 31 % at batch 4."
+    ]
+
+
 def test_first_tokens_that_were_read_too_late(sweep: Sweep, make_number: Number) -> None:
     merged = sweep.measured("nf4", 4, make_number("merged_first_tokens", 0.75, "concurrency=4"))
     assert "75 % at batch 4" in about(merged, "nf4 at 4 bits: first tokens were read together")[0]
@@ -142,3 +153,57 @@ def test_ratio_needs_both_intervals(make_number: Number) -> None:
     assert 147 / 103 < ratio.low < 1.5 < ratio.high < 153 / 98
     assert compare.ratio(value, replace(base, low=None)) is None
     assert compare.ratio(None, base) is None
+
+
+def with_texts(sweep: Sweep, **texts: tuple[float, dict[str, float]]) -> Sweep:
+    """`gptq` at 4 bits once more for each text, with a KL divergence and drops of some slices."""
+    found = sweep
+    old = next(each for each in sweep.planned if each.cell_id == "cell-gptq-4")
+    assert old.cell.calibration is not None
+    for name, (kld, drops) in texts.items():
+        asked = replace(old.cell, calibration=replace(old.cell.calibration, name=name))
+        planned = replace(old, cell_id=f"cell-{name}", cell=asked)
+        told = {(m.metric, m.slice): m for m in sweep.record("gptq", 4).measurements}
+        mean = told["kld_mean", None]
+        told["kld_mean", None] = replace(mean, value=kld, low=0.9 * kld, high=1.1 * kld)
+        for part, drop in drops.items():
+            change = told["accuracy_delta", part]
+            told["accuracy_delta", part] = replace(
+                change, value=-drop, low=-drop - 0.02, high=-drop + 0.02, stderr=None
+            )
+        record = replace(
+            sweep.record("gptq", 4),
+            cell_id=planned.cell_id,
+            cell=asked,
+            measurements=tuple(told.values()),
+        )
+        found = replace(found, planned=[*found.planned, planned], records=[*found.records, record])
+    return found
+
+
+def test_a_wrong_calibration_text_is_named(sweep: Sweep) -> None:
+    hard = ("structured", "arithmetic", "code", "long_context")
+    texts = with_texts(
+        sweep,
+        noise=(0.3, {"arithmetic": 0.3}),
+        verses=(0.0145, {"arithmetic": 0.2, "code": 0.05}),  # near where prose is measured
+        halves=(0.0143, dict.fromkeys(hard, 0.07)),  # no slice tells alone, all of them do
+        near=(0.0142, {}),
+    )
+    said = about(texts, "the calibration text")
+    assert said == [
+        "gptq at 4 bits (noise): the calibration text `noise` is worse than `tiny` at the same "
+        "method and bits: its KL divergence is 0.3000 nats against 0.0141; slices that fell "
+        "further: `arithmetic` -26.6 points.",
+        "gptq at 4 bits (verses): the calibration text `verses` is worse than `tiny` at the same "
+        "method and bits: slices that fell further: `arithmetic` -16.6 points; KL divergence does "
+        "not tell (0.0145 nats against 0.0141).",
+        "gptq at 4 bits (halves): the calibration text `halves` is worse than `tiny` at the same "
+        "method and bits: its slices lost 1.8 points more on the mean (0.8 to 2.8), most of all "
+        "`structured` -3.6 points; KL divergence does not tell (0.0143 nats against 0.0141).",
+    ]
+    assert about(texts, "looks at no calibration text") == [
+        "gptq at 4 bits (noise): `rtn`, which looks at no calibration text, is nearer to the "
+        "baseline at the same bits: KL divergence 0.0304 nats against 0.3000."
+    ]
+    assert not about(sweep, "calibration text")

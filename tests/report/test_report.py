@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from rich.console import Console
@@ -159,7 +159,13 @@ def test_only_varying_axes_have_columns(sweep: Sweep) -> None:
 
 def test_what_most_choices_share_goes_without_saying(sweep: Sweep) -> None:
     cell = sweep.planned[2].cell
-    asked = [{}, {"group_size": 64}, {"symmetric": False}, {"group_size": None}, {"batch": 0}]
+    asked: list[dict[str, Any]] = [
+        {},
+        {"group_size": 64},
+        {"symmetric": False},
+        {"group_size": None},
+        {"batch": 0},
+    ]
     usual = {"group_size": 128, "symmetric": True, "batch": 1}
     cells = [replace(cell, method=replace(cell.method, options=usual | each)) for each in asked]
     assert [each["method"] for each in axes.labels(cells)] == [

@@ -39,7 +39,10 @@ def made(
                 model=Model("random", str(tiny_random), None, False, False),
                 method=Method(method, jobs.options(method, format=method, **changes)),
                 bits=bits,
-                calibration=jobs.calibration(jobs.texts(tmp_path_factory.mktemp("texts"))),
+                # short: the time of AWQ's search grows with the tokens
+                calibration=jobs.calibration(
+                    jobs.texts(tmp_path_factory.mktemp("texts")), samples=4, length=32
+                ),
             )
             registry.method(method).quantize(cell, tiny_random, folder)
             known[key] = folder, cell

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from qgrid.runtimes import transformers as runtime
 from qgrid.runtimes._kv_cache import Quantization
 from qgrid.runtimes._piecewise import PieceScorer
 from qgrid.runtimes._scoring import Scorer
-from qgrid.types import Cell, Dtype, KvCache, Model
+from qgrid.types import Cell, Dtype, KvCache, Model, PlannedCell
 from tests.conftest import write_model
 from tests.runtimes.hand_cache import decoded
 from tests.runtimes.passes import Ids, some_ids
@@ -161,7 +162,7 @@ def test_memory_is_that_of_codes_scales_and_zeros(
     assert runtime.kv_bits(asked) == bits + 2 * float_bits / group
     (check,) = [each for each in engine.checks() if each.name == "kv_cache"]
     assert (check.ok, check.fatal) == (True, True)
-    assert check.actual == f"tensors 4 of {bits} bits"
+    assert check.actual == f"tensors 4 of {bits} bits (loading)"
     seen = engine.observed()
     assert seen["kv_dtype"] == f"{name} ({backend})"
     assert seen["kv_cache"]["residual_length"] == 128
@@ -292,6 +293,21 @@ def test_baselines_have_no_cache_options(cell: Callable[..., Cell]) -> None:
     assert registry.runtime("transformers").LOADS.kv_cache["cuda"] == (
         "auto16", "int8", "int4", "int2",
     )  # fmt: skip
+
+
+def test_options_of_a_cache_change_nothing_without_one(
+    planned: Callable[..., list[PlannedCell]],
+) -> None:
+    """All such choices are one cell, and a remark says so."""
+    cells = planned(
+        "method=none,rtn", "kv_cache=auto16,int4",
+        "runtime.cache_backend=auto,quanto", "runtime.residual_length=64,128",
+    )  # fmt: skip
+    kinds = Counter((each.cell.method.name, each.cell.kv_cache.name) for each in cells)
+    assert kinds == {(m, kv): n for m in ("none", "rtn") for kv, n in (("auto16", 1), ("int4", 4))}
+    for each in cells:
+        told = [note for note in each.notes if "change nothing with `kv_cache=auto16`" in note]
+        assert bool(told) is (each.cell.kv_cache.name == "auto16")
 
 
 @pytest.mark.slow

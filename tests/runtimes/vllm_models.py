@@ -68,7 +68,8 @@ def build(make: Make, name: str, store: Path) -> Checkpoint:
     if registry.support(wanted.method).calibrated:
         prose = store / "prose.txt"
         prose.write_text(demo_prose()[:60_000])
-        wanted = replace(wanted, calibration=jobs.calibration(prose, samples=16, length=128))
+        rows = 4 if "format" in wanted.method.options else 16  # AWQ's search takes long
+        wanted = replace(wanted, calibration=jobs.calibration(prose, samples=rows, length=128))
     folder = store / name
     folder.mkdir()
     registry.method(wanted.method.name).quantize(wanted, demo.MODEL_DIR, folder)

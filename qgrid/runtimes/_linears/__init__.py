@@ -6,7 +6,8 @@ Stored`, how its weight is held now; `kernel(module, dtype) -> Kernel`, what mul
 `arrived(module) -> Stored`, how the weight came out of the file where loading packs it anew;
 `compute_in(module, dtype)`, which makes a layer compute in a dtype where the checkpoint's own would
 win otherwise; `ADAPTED`, those of its formats beside which PEFT keeps an adapter without another
-error; and `PACKAGES`, whose objects may hide tensors. Nothing here imports its library.
+error, and `ADAPTED_DORA`, beside which one whose rows have lengths of their own; and `PACKAGES`,
+whose objects may hide tensors. Nothing here imports its library.
 """
 
 from __future__ import annotations
@@ -84,10 +85,11 @@ def formats() -> tuple[str, ...]:
 
 
 @cache
-def adapted() -> tuple[str, ...]:
-    """The formats beside whose layers an adapter can be kept."""
+def adapted(dora: bool = False) -> tuple[str, ...]:
+    """The formats beside whose layers an adapter can be kept, or one of DoRA's."""
+    named = "ADAPTED_DORA" if dora else "ADAPTED"
     every = (_module(_DENSE), *_families())
-    return tuple(name for each in every for name in getattr(each, "ADAPTED", ()))
+    return tuple(name for each in every for name in getattr(each, named, ()))
 
 
 @cache

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from qgrid.layouts import aqlm as layout
 from qgrid.runtimes._linears import Kernel, Stored
 
-FORMATS = ("aqlm",)
+FORMATS = layout.FORMATS
 
 
 def claims(module: Any) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from qgrid.layouts import bitsandbytes as layout
 from qgrid.runtimes._linears import Kernel, Stored
 
-FORMATS = ("bitsandbytes-nf4", "bitsandbytes-fp4", "bitsandbytes-int8")
+FORMATS = layout.FORMATS
 ADAPTED = FORMATS
 PACKAGES = ("bitsandbytes",)
 

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from qgrid.layouts import compressed as layout
 from qgrid.runtimes._linears import Kernel, Stored, dense
 
-FORMATS = (
-    "pack-quantized",
-    "int-quantized",
-    "float-quantized",
-    "nvfp4-pack-quantized",
-    "mxfp4-pack-quantized",
-)
+FORMATS = layout.FORMATS
 PACKAGES = ("compressed_tensors",)
 _UNPACKED_TO_BF16 = frozenset({"nvfp4-pack-quantized", "mxfp4-pack-quantized"})
 

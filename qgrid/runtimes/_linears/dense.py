@@ -8,6 +8,7 @@ from qgrid.runtimes._linears import Kernel, Stored
 
 FORMATS = ("safetensors-16bit", "safetensors-32bit")
 ADAPTED = ("safetensors-16bit",)
+ADAPTED_DORA = ADAPTED
 
 
 def is_plain(module: Any) -> bool:
@@ -34,7 +35,10 @@ def stored(module: Any, plain: str | None) -> Stored:
 
 def kernel(module: Any, dtype: str) -> Kernel:
     """A product of the weights as they are."""
-    return Kernel("none", "W16A16", "dense", name(module.weight.dtype))
+    import torch
+
+    weights, inputs = (8 * each.itemsize for each in (module.weight.dtype, getattr(torch, dtype)))
+    return Kernel("none", f"W{weights}A{inputs}", "dense", name(module.weight.dtype))
 
 
 def name(dtype: Any) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from qgrid import gptq_kernels
+from qgrid.layouts import native as layout
 from qgrid.runtimes._linears import Kernel, Stored
 
-FORMATS = ("gptq", "awq")
+FORMATS = layout.FORMATS
 ADAPTED = ("gptq",)  # `awq` scales the inputs of its layers, which an adapter was not trained on
 PACKAGES = ("gptqmodel",)
 claims = gptq_kernels.is_kernel

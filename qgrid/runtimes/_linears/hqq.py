@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from qgrid.layouts import hqq as layout
 from qgrid.runtimes._linears import Kernel, Stored
 
-FORMATS = ("hqq",)
+FORMATS = layout.FORMATS
 PACKAGES = ("hqq",)
 
 

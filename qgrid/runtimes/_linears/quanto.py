@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from qgrid.layouts import quanto as layout
 from qgrid.runtimes._linears import Kernel, Stored
 
-FORMATS = ("quanto-int", "quanto-float")
+FORMATS = layout.FORMATS
 ADAPTED = ("quanto-int",)
 PACKAGES = ("optimum.quanto",)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from qgrid.layouts import torchao as layout
 from qgrid.runtimes._linears import Kernel, Stored
 
-FORMATS = ("torchao-int8", "torchao-float8")
+FORMATS = layout.FORMATS
 PACKAGES = ("torchao",)
 
 
