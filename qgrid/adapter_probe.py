@@ -7,10 +7,11 @@ repacked for its kernel is read as if it were not, and the inputs of one may be 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import adapter_fit, phrases
+from qgrid import adapter_fit, ends, phrases
 from qgrid.contracts import InvalidEngine
 from qgrid.inspection import FLOATS
 from qgrid.published._reading import Tensors
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 _ROWS = 4  # inputs of the probe
 # Largest error, as a share of the largest output. Seen at most: 2e-7, 1.1e-2, 1.5e-3.
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2**-5, "float16": 2**-8}
-_ROUNDED = 2**-7  # in another 16-bit dtype than the base's
-_LEAST = 1e-5  # of the largest value: what fp16 may have cost a small one
 
 
 def require_products(model: Any, method: str, folder: Path, found: Fit, dtype: str) -> None:
@@ -40,7 +39,13 @@ def require_products(model: Any, method: str, folder: Path, found: Fit, dtype: s
     tensors = Tensors(folder)
     for layer, module in _one_of_each(model):
         inputs = _inputs(tensors, layer, module, dtype)
-        apart, largest = _error(module, inputs, _expected(tensors, found, layer, module, inputs))
+        pair = _pair(tensors, found, layer)
+        gain = _gain(module, pair, inputs)
+        has_lengths = bool(found.config.get("use_dora"))
+        magnitude = _part(tensors, layer, "lora_magnitude_vector") if has_lengths else None
+        expected = _expected(module, (pair[0], gain * pair[1]), magnitude, inputs)
+        with _strengthened(module, gain):
+            apart, largest = _error(module, inputs, expected)
         if not apart <= _TOLERANCE[dtype] * largest:  # true for NaN too
             raise InvalidEngine(
                 f"PEFT's `{type(module).__name__}` around `{type(module.base_layer).__name__}` of "
@@ -56,17 +61,13 @@ def check_inputs(folder: Path, base: Path) -> Check:
     An adapter was trained on those inputs: a method that scales them, and the layers the other way,
     leaves the model as it is and makes the adapter wrong.
     """
-    import numpy as np
-
     stored, expected = Tensors(folder), Tensors(base)
     wrong = []
     for name, tensor in expected.headers.items():
         there = stored.headers.get(name)
         if there is None or len(tensor.shape) != 1 or not {tensor.dtype, there.dtype} <= FLOATS:
             continue
-        wanted = expected.array(name)
-        least = _LEAST * float(np.abs(wanted).max(initial=0))
-        if not np.allclose(stored.array(name), wanted, rtol=_ROUNDED, atol=least):
+        if not ends.near(stored.array(name), expected.array(name)):
             wrong.append(name)
     goal = "the base's norms and biases, on which the adapter was trained"
     told = f"other values in {phrases.first(wrong, ', ')}" if wrong else "as in the base"
@@ -95,6 +96,32 @@ def _inputs(tensors: Tensors, layer: str, module: Any, dtype: str) -> torch.Tens
     return rows.to(device, getattr(torch, dtype))
 
 
+def _pair(tensors: Tensors, found: Fit, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The low-rank matrices, with the adapter's scale in the second."""
+    a, b = (_part(tensors, layer, f"lora_{which}") for which in "AB")
+    return a, adapter_fit.scaling(found.config, layer) * b
+
+
+def _gain(module: Any, pair: tuple[torch.Tensor, torch.Tensor], inputs: torch.Tensor) -> float:
+    """What makes the adapter's product as large as the layer's: a weak one would not be missed."""
+    import torch
+
+    with torch.inference_mode():
+        own = module.base_layer(inputs).abs().max().item()
+        added = (inputs.double().cpu() @ pair[0].T @ pair[1].T).abs().max().item()
+    return max(1.0, own / added) if added > 0 else 1.0
+
+
+@contextmanager
+def _strengthened(module: Any, gain: float) -> Iterator[None]:
+    before = dict(module.scaling)
+    module.scaling.update({name: gain * scale for name, scale in before.items()})
+    try:
+        yield
+    finally:
+        module.scaling.update(before)
+
+
 def _error(module: Any, inputs: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
     """Largest difference of the wrapped layer's outputs, and the largest output."""
     import torch
@@ -105,25 +132,27 @@ def _error(module: Any, inputs: torch.Tensor, expected: torch.Tensor) -> tuple[f
 
 
 def _expected(
-    tensors: Tensors, found: Fit, layer: str, module: Any, inputs: torch.Tensor
+    module: Any,
+    pair: tuple[torch.Tensor, torch.Tensor],
+    magnitude: torch.Tensor | None,
+    inputs: torch.Tensor,
 ) -> torch.Tensor:
     """Outputs of the layer and its adapter in fp64, where the layer's own are as it computes."""
     import torch
 
-    a, b = (_part(tensors, layer, f"lora_{which}") for which in "AB")
-    b = adapter_fit.scaling(found.config, layer) * b
+    a, b = pair
     summed: torch.Tensor
     bias = getattr(module.base_layer, "bias", None)
     shift = torch.zeros(len(b)) if bias is None else bias.double().cpu()
     with torch.inference_mode():
         summed = module.base_layer(inputs).double().cpu() + inputs.double().cpu() @ a.T @ b.T
-        if not found.config.get("use_dora"):
+        if magnitude is None:
             return summed
         unit = torch.eye(inputs.shape[1], dtype=inputs.dtype, device=inputs.device)
         weight = module.base_layer(unit).double().cpu()
     lengths = ((weight - shift).T + b @ a).norm(dim=1)
     turned: torch.Tensor = (summed - shift) / lengths
-    return turned * _part(tensors, layer, "lora_magnitude_vector") + shift
+    return turned * magnitude + shift
 
 
 def _part(tensors: Tensors, layer: str, part: str) -> torch.Tensor:

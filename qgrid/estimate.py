@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GIB = 2**30
+LARGE = (4096, 4096)  # rows and columns of the layer that sizes are planned with
 
 
 @dataclass(frozen=True)

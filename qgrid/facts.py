@@ -36,7 +36,7 @@ class Facts:
         self._hashes = hashes
         self._elsewhere = elsewhere  # other machines will run the plan
         self._memo: dict[tuple[str, int], tuple[Any, Any]] = {}
-        self._asked: dict[tuple[str, int, int, int], tuple[Cell, str | None]] = {}
+        self._asked: dict[tuple[str, int, int, int, int], tuple[Cell, str | None]] = {}
 
     def digest(self, value: object) -> str:
         """`codec.digest`, once for each object."""
@@ -136,8 +136,8 @@ class Facts:
         return device.describe()
 
     def objection(self, hook: str, cell: Cell) -> str | None:
-        """What a hook of the cell's method says against its model at this width, asked once."""
-        key = (hook, id(cell.model), id(cell.method), cell.bits)
+        """What a hook of the cell's method says against its model here, asked once for each."""
+        key = (hook, id(cell.model), id(cell.method), cell.bits, id(cell.gpu))
         if key not in self._asked:
             own = getattr(registry.method(cell.method.name), hook, None)
             self._asked[key] = (cell, None if own is None else own(cell))

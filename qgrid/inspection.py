@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 _DECODER_LINEAR = re.compile(r"\.(?:layers|h|blocks|block)\.\d+\.(?!.*norm).*(?<!router)$")
-_ROUTER = re.compile(r"(?:mlp|block_sparse_moe)\.(?:gate|router|shared_expert_gate)$")
+ROUTER = re.compile(r"(?:mlp|block_sparse_moe)\.(?:gate|router|shared_expert_gate)$")
 _ROPE_TABLE = re.compile(
     r"(?:\.inv_freq|^rope_(?:freqs|factors_\w+)\.weight)$"
 )  # computed, not learned
@@ -124,7 +124,7 @@ def decoder_linears(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]
 
 def is_decoder_linear(module: str) -> bool:
     """Whether a module with a two-dimensional weight belongs to the quantized part of a decoder."""
-    return bool(_DECODER_LINEAR.search("." + module)) and not _ROUTER.search(module)
+    return bool(_DECODER_LINEAR.search("." + module)) and not ROUTER.search(module)
 
 
 def stored_linears(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:

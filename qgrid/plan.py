@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from qgrid.facts import Facts
 
 _BYTES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-_LARGE = (4096, 4096)  # rows and columns of the layer that sizes are planned with
 
 
 class EmptyGrid(ValueError):
@@ -46,7 +45,8 @@ def build(choices: Iterable[Choice], facts: Facts, may_be_empty: bool = False) -
         if refusal is not None:
             rules[refusal.rule] += 1
             first.setdefault(refusal.rule, refusal.reason)
-    if not may_be_empty and all(planned.status is not None for planned in cells.values()):
+    is_final = (p.status not in {None, "crashed"} for p in cells.values())  # a hub may answer later
+    if not may_be_empty and all(is_final):
         raise EmptyGrid(_emptied(rules, first))
     for planned in [p for p in cells.values() if p.status is None]:
         needed = _baseline(planned, facts)
@@ -149,7 +149,7 @@ def _weight_bytes(cell: Cell, sizes: estimate.Architecture) -> float:
     def stored(bits: int) -> float:
         if exact is None or bits >= baseline.UNQUANTIZED:
             return float(bits)
-        found = exact(bits, options, *_LARGE)
+        found = exact(bits, options, *estimate.LARGE)
         return float(max(found) if isinstance(found, tuple) else found)
 
     return sizes.weight_bytes(widths.mean(cell, stored))

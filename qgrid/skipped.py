@@ -46,7 +46,8 @@ def _kept(cell: Cell, contents: Contents) -> dict[str, str]:
         (_group(name), state.format) for name, state in plain.items() if asked[name] is None
     )
     for (group, format_), count in others.items():
-        told[group] = f"`method.accept_fallback`: {_layers(count)} stored as {format_}"
+        by = "`method.accept_fallback`: " if cell.method.options.get("accept_fallback") else ""
+        told[group] = f"{by}{_layers(count)} stored as {format_}"
     return told
 
 
@@ -59,10 +60,10 @@ def _outside(cell: Cell, contents: Contents, source: Path) -> dict[str, str]:
     for name, count in Counter(map(_group, _left(original, contents))).items():
         if f"{name}.weight" in HEADS:
             found.setdefault(name, f"the output head, which `{method}` leaves as it is")
-        elif "*" in name:
+        elif inspection.ROUTER.search(name):
             found[name] = f"routers of experts, which `{method}` leaves as they are ({count})"
         else:
-            found[name] = f"outside the decoder's layers; `{method}` leaves it as it is"
+            found[name] = f"no linear layer of the decoder; `{method}` leaves it as it is ({count})"
     return found
 
 

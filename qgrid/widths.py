@@ -52,6 +52,12 @@ def unheard(method: Method) -> tuple[str, ...]:
     return (f"`method.keep` {said}: the same cell as without that",)
 
 
+def asked(cell: Cell) -> set[int]:
+    """Every width that some layer of a cell may be rounded to."""
+    keep: Mapping[str, int] = cell.method.options.get("keep") or {}
+    return {cell.bits, *keep.values()} - {UNQUANTIZED}
+
+
 def by_layer(cell: Cell, source: Path) -> dict[str, int]:
     """The width of every linear layer of the 16-bit checkpoint in `source`."""
     layers = inspection.decoder_linears(inspection.read_headers(source))

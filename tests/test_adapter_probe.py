@@ -64,6 +64,26 @@ def test_a_wrapper_that_computes_something_else_is_caught(
         attached(adapter, tmp_path, dtype)
 
 
+def test_a_forgotten_product_is_missed_where_it_is_small(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundredth of the product is below the rounding of bf16."""
+    from peft.tuners.lora import Linear
+
+    weak = shutil.copytree(adapter, tmp_path / "weak")
+    stored = load_file(weak / adapters.WEIGHTS)
+    save_file(
+        {name: each / 100 if "lora_B" in name else each for name, each in stored.items()},
+        weak / adapters.WEIGHTS,
+    )
+    for name in ("right", "wrong"):
+        (tmp_path / name).mkdir()
+    attached(weak, tmp_path / "right", "bfloat16")
+    monkeypatch.setattr(Linear, "forward", _alone)
+    with pytest.raises(InvalidEngine, match="does not add the adapter's product"):
+        attached(weak, tmp_path / "wrong", "bfloat16")
+
+
 def test_scaled_inputs_are_a_bad_artifact(make_cell: Make, tmp_path: Path) -> None:
     """As AWQ leaves them: the layers undo it, and an adapter beside them does not know."""
     cell = make_cell(model=made.model(made.write(tmp_path / "one", demo.MODEL_DIR), "attached"))

@@ -13,7 +13,8 @@ import pytest
 from qgrid import choices, codec, config, environment, plan, sweep
 from qgrid import facts as facts_module
 from qgrid.facts import Facts
-from qgrid.types import Choice, DeviceKind, PlannedCell
+from qgrid.types import Cell, Choice, DeviceKind, Gpu, Method, PlannedCell
+from tests import jobs
 
 Plan = Callable[..., list[PlannedCell]]
 
@@ -219,6 +220,17 @@ def test_a_gpu_that_is_too_old_is_refused_by_its_capability(planned: Plan) -> No
     )
 
 
+def test_what_a_method_says_of_a_device_is_asked_for_each(
+    facts: Facts, make_cell: Callable[..., Cell]
+) -> None:
+    method = Method("torchao", jobs.options("torchao", scheme="float8_dynamic"))
+    cell = make_cell(method=method, bits=8)
+    for name, capability in (("t4", "sm_75"), ("a100", "sm_80")):
+        gpu = Gpu(name, "cuda", name, capability, 40.0, None, 1)
+        said = str(facts.objection("refusal", replace(cell, gpu=gpu)))
+        assert f"`gpu={name}` has" in said
+
+
 def test_how_a_cluster_finds_a_card_is_in_no_id(planned: Plan, facts: Facts) -> None:
     """The ids of stores from before these keys stay what they were."""
     gpu = planned("method=none", "gpu=h100")[0].cell.gpu
@@ -252,3 +264,9 @@ def test_the_library_of_a_quantized_cache_is_part_of_its_quality_alone(
     facts_module.locked.cache_clear()
     assert before["auto16"] == after["auto16"]
     assert before["int8"] != after["int8"]
+
+
+def test_a_hub_that_does_not_answer_leaves_a_cell_to_run_again(planned: Plan) -> None:
+    (cell,) = planned("method=prequantized", "method.path=acme/model-gptq")
+    assert cell.status == "crashed"
+    assert "run again when it can be" in str(cell.reason)

@@ -21,6 +21,7 @@ BASE = {
     "model.embed_tokens.weight": (8, 16),
     "model.norm.weight": (16,),
     "vision.projector.weight": (16, 16),
+    **{f"vision.encoder.layer.{i}.query.weight": (16, 16) for i in range(2)},
     "lm_head.weight": (8, 16),
     **{f"model.layers.{i}.mlp.gate.weight": (4, 16) for i in range(2)},
     **{f"model.layers.{i}.mlp.experts.0.up_proj.weight": (16, 16) for i in range(2)},
@@ -63,7 +64,10 @@ def test_head_routers_and_the_rest(
     assert set(contents.modules) == {f"model.layers.{i}.mlp.experts.0.up_proj" for i in range(2)}
     expected = {
         "model.layers.*.mlp.gate": "routers of experts, which `rtn` leaves as they are (2)",
-        "vision.projector": "outside the decoder's layers; `rtn` leaves it as it is",
+        "vision.projector": "no linear layer of the decoder; `rtn` leaves it as it is (1)",
+        "vision.encoder.layer.*.query": (
+            "no linear layer of the decoder; `rtn` leaves it as it is (2)"
+        ),
     }
     told = {} if head is None else {"lm_head": head}
     assert skipped.reasons(cell, contents, source) == {**expected, **told}

@@ -12,6 +12,8 @@ def format_of(parts: Parts) -> str | None:
     """`gptq` packs along a row of weights, so that its codes are as wide as the scales."""
     if not {"qweight", "scales"} <= parts.keys():
         return None
+    if not all(len(parts[name].shape) == 2 for name in ("qweight", "scales")):
+        return None  # malformed
     return "gptq" if parts["qweight"].shape[1] == parts["scales"].shape[1] else "awq"
 
 
@@ -27,5 +29,7 @@ def shape(parts: Parts, read: Read) -> tuple[int, int] | None:
     if format_of(parts) == "awq":
         return rows, words
     zeros = parts.get("qzeros")
-    bits = 0 if zeros is None else _WORD * zeros.shape[1] // rows
+    if zeros is None or len(zeros.shape) != 2 or not rows:
+        return None
+    bits = _WORD * zeros.shape[1] // rows
     return (rows, words * _WORD // bits) if bits else None

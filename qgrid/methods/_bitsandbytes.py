@@ -10,8 +10,6 @@ from qgrid.contracts import Built
 from qgrid.methods import _checkpoint
 from qgrid.types import Cell
 
-PACKAGES = ("bitsandbytes", "torch", "transformers")
-
 
 def quantize(cell: Cell, source: Path, out: Path, settings: dict[str, Any]) -> Built:
     """Load `source` through a `BitsAndBytesConfig` of `settings` and write it into `out`.

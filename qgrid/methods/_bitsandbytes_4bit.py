@@ -33,7 +33,7 @@ def supports(values: str) -> MethodSupport:
         bits=_BITS,
         default_bits=4,
         produces={4: f"bitsandbytes-{values}"},
-        packages=bnb.PACKAGES,
+        packages=published.PACKAGES,
         capability="sm_60",  # of its 4-bit types: bitsandbytes' installation guide, 0.50
         calibrated=False,
     )

@@ -19,11 +19,10 @@ from qgrid import calibration, gptq_kernels, inspection, models
 from qgrid.contracts import Built, Unsupported
 from qgrid.methods import _checkpoint
 from qgrid.methods import _packed as packed
+from qgrid.published.native import PACKAGES
 from qgrid.types import Cell, MethodSupport
 
 Layout = Literal["gptq", "awq"]
-# pypcre is compiled where it is installed, and without a compiler it is missing. optimum loads.
-PACKAGES = ("gptqmodel", "pypcre", "optimum", "torch", "transformers")
 GROUPS = (16, 32, 64, 128)  # what some kernel of a CPU multiplies in every width
 _MULTIPLE = {"gptq": 32, "awq": 8}  # rows (and columns of `gptq`) that are packed together
 ROW_GROUP = -1  # the library's word for one scale a row

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import headers, inspection, models, published
+from qgrid import estimate, headers, inspection, models, published
 from qgrid.contracts import Built, Unreachable, Unsupported
 from qgrid.fingerprint import fingerprint
 from qgrid.methods import _checkpoint
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from qgrid.files import HashCache
 
 _UNQUANTIZED = 16
-_LARGE = (4096, 4096)  # rows and columns of the layer that sizes are planned with
 _ADDED = "added.safetensors"
 
 
@@ -91,12 +90,13 @@ def refusal(cell: Cell) -> str | None:
 def bits_per_weight(bits: int, options: Mapping[str, Any]) -> float:
     """Stored bits of the whole model, or of a large layer while only the config is known."""
     path = options["path"]
-    if (found := _described(path)) is None:
+    if _described(path) is None or (config := places.config(path)) is None:
         return float(bits)  # the cell will be refused
     folder = places.located(path)
     if folder is not None and places.fault(path, folder) is None:
         return _measured(folder)
-    return stored_bits(found.bits, options, *_LARGE)[1]
+    highest: float = published.family(config).stored_bits(config, *estimate.LARGE)[1]
+    return highest
 
 
 @cache
@@ -108,8 +108,8 @@ def stored_bits(
     bits: int, options: Mapping[str, Any], rows: int, columns: int
 ) -> tuple[float, float]:
     """Lowest and highest bits per weight that the checkpoint's config gives a layer."""
-    config = places.config(options["path"])
-    if config is None or _described(options["path"]) is None:
+    path = options["path"]
+    if _described(path) is None or (config := places.config(path)) is None:
         return float(bits), float(bits + 1)
     low, high = published.family(config).stored_bits(config, rows, columns)
     return low, max(high, _UNQUANTIZED) if options["accept_fallback"] else high

@@ -32,7 +32,7 @@ def local(path: str) -> Path | None:
 
 def on_hub(path: str) -> bool:
     """Whether a path can be an id of the hub: two parts, and no sign of a file."""
-    plain = not path.startswith((".", "/", "~")) and ":" not in path
+    plain = not path.startswith((".", "/", "~")) and ":" not in path and not Path(path).is_dir()
     return plain and path.partition("@")[0].count("/") == 1 and not path.endswith(".gguf")
 
 
@@ -99,7 +99,7 @@ def fetched(path: str) -> Path:
             folder = models.completed(_model(path))
         except _hub.errors() as error:  # `ModelNotFound`, with the library's error below it
             raise _hub.failure(error.__cause__ or error, path, missing(path)) from error
-    if (lacking := _lacking(folder)) is not None:
+    if (lacking := _unfetched(path, folder)) is not None:
         raise Unreachable(
             f"`method.path={path}` has not `{lacking}` in the hub's cache, which its index names, "
             "and it could not be fetched; run again when the hub can be reached"
@@ -133,6 +133,18 @@ def fault(path: str, folder: Path) -> str | None:
         said = error if isinstance(error, Unreadable) else f"is not whole: {error}"
         return f"`method.path={path}` {said}; get the checkpoint again"
     return None
+
+
+def _unfetched(path: str, folder: Path) -> str | None:
+    """What of a checkpoint on the hub could not be had.
+
+    Raises:
+        Unsupported: its index cannot be read.
+    """
+    try:
+        return _lacking(folder)
+    except Unreadable:
+        raise Unsupported(str(fault(path, folder))) from None
 
 
 def _lacking(folder: Path) -> str | None:

@@ -18,7 +18,6 @@ from qgrid.gguf.types import FILE_TYPES
 from qgrid.methods import _checkpoint
 from qgrid.types import Cell, Check
 
-PACKAGES = ("llama-cpp-python", "gguf")
 BITS = tuple(blocks.TYPES)
 _FILE = "model.gguf"
 

@@ -22,10 +22,12 @@ from pydantic import PositiveInt
 
 from qgrid import calibration, gptq_kernels, models, widths
 from qgrid.contracts import Built, Unsupported
+from qgrid.gguf import PACKAGES as GGUF_PACKAGES
 from qgrid.methods import _checkpoint
 from qgrid.methods import _gptqmodel as native
 from qgrid.methods import _packed as packed
 from qgrid.methods import _tuned_gguf as tuned_gguf
+from qgrid.published.native import PACKAGES as NATIVE_PACKAGES
 from qgrid.types import Cell, Check, MethodSupport
 
 Format = Literal["compressed-tensors", "gptq", "awq", "gguf"]
@@ -37,9 +39,9 @@ _EXPORTS: Mapping[str, str] = {  # in the library's words
 }
 _PACKAGES = ("auto-round", "torch", "transformers")
 _READERS = {  # widths and further packages of the formats
-    "gptq": (packed.BITS, native.PACKAGES[:3]),
-    "awq": ((4,), native.PACKAGES[:3]),
-    "gguf": (tuned_gguf.BITS, ("compressed-tensors", *tuned_gguf.PACKAGES)),
+    "gptq": (packed.BITS, NATIVE_PACKAGES[:3]),
+    "awq": ((4,), NATIVE_PACKAGES[:3]),
+    "gguf": (tuned_gguf.BITS, ("compressed-tensors", *GGUF_PACKAGES)),
 }
 _GROUP = 32  # of GGUF's types
 _UNIT = 32  # rows and columns: the library leaves out layers that are no multiples

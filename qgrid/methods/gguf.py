@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qgrid import device, models
 from qgrid.contracts import Built, InvalidEngine, Unsupported
-from qgrid.gguf import audit, base_tensors, convert, importance, layers, quantization
+from qgrid.gguf import PACKAGES, audit, base_tensors, convert, importance, layers, quantization
 from qgrid.gguf import file as gguf_file
 from qgrid.gguf.types import FILE_TYPES, PLAIN, TENSOR_TYPES, FileType, Name, stored_as
 from qgrid.methods import _checkpoint
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from qgrid.calibration import Drawn
 
 BITS = (2, 3, 4, 5, 6, 8, 16)
-PACKAGES = ("llama-cpp-python", "gguf")
 FILE = "model.gguf"
 SUPPORTS = MethodSupport(
     bits=BITS,

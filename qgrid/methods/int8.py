@@ -12,13 +12,14 @@ from pydantic import NonNegativeFloat
 from qgrid import widths
 from qgrid.contracts import Built
 from qgrid.methods import _bitsandbytes as bnb
+from qgrid.published.bitsandbytes import PACKAGES
 from qgrid.types import Cell, MethodSupport
 
 SUPPORTS = MethodSupport(
     bits=(8,),
     default_bits=8,
     produces={8: "bitsandbytes-int8"},
-    packages=bnb.PACKAGES,
+    packages=PACKAGES,
     capability="sm_75",  # of LLM.int8: bitsandbytes' installation guide, 0.50
     calibrated=False,
     # its issue 1775; mended in 0.48.1 by its pull request 1776

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qgrid.contracts import Built
+from qgrid.gguf import PACKAGES
 from qgrid.methods import _prequantized_folder as folder
 from qgrid.methods import _prequantized_gguf as file
 from qgrid.methods import gguf
@@ -23,7 +24,7 @@ SUPPORTS = MethodSupport(
     bits=gguf.BITS,
     default_bits=4,
     produces=dict.fromkeys(gguf.BITS, "gguf"),
-    packages=gguf.PACKAGES,
+    packages=PACKAGES,
     calibrated=False,
     from_base=False,
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qgrid import widths
+from qgrid import device, widths
 from qgrid.contracts import Built
 from qgrid.methods import _checkpoint, _layerwise
 from qgrid.types import MethodSupport
@@ -41,7 +41,7 @@ _REFUSED = {
     "intx_weight_only": "stores codes of 2 to 7 bits in a byte each, so that nothing shrinks",
 }
 _FLOAT8_PRODUCTS = "float8_dynamic"
-_FLOAT8_SINCE = 89  # sm_89
+_FLOAT8_SINCE = "sm_89"  # 'Float8 dynamic quantization requires CUDA compute capability >= 8.9'
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,8 @@ def refusal(cell: Cell) -> str | None:
 
 def _without_products(gpu: Gpu) -> str:
     """Why activations and weights in E4M3 are not multiplied on a device."""
-    known = gpu.capability
-    if known is not None and int(known.removeprefix("sm_")) >= _FLOAT8_SINCE:
-        return "multiplies on this GPU what qgrid has not compared with another computation yet"
-    here = "a CPU" if gpu.kind == "cpu" else known or "of unknown capability"
-    return (
-        f"multiplies on GPUs from sm_{_FLOAT8_SINCE} on ('Float8 dynamic quantization requires "
-        f"CUDA compute capability >= 8.9'), and `gpu={gpu.name}` is {here}"
+    return device.lack(gpu, _FLOAT8_SINCE, needs_gpu=True) or (
+        "multiplies on this GPU what qgrid has not compared with another computation yet"
     )
 
 

@@ -7,7 +7,6 @@ One file for each family of them; no library that writes such checkpoints is ask
   of these functions use is looked at here: the others may take them as they are;
 * `stored_bits(config, rows, columns) -> (lowest, highest)` bits per weight of a layer;
 * `weights(config, layer) -> array`, the weights `(rows, columns)` of a layer in fp32;
-* `PACKED`, where it has some: parts that it wants as bytes, whatever their dtype is called;
 * `added(config, tensors) -> arrays` by name: what the layout knows without, and transformers asks
   for; `tensors` are those that are stored;
 * `checks(folder) -> Sequence[Check]`, where it has some: cheap verdicts about stored tensors;

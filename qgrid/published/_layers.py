@@ -113,10 +113,11 @@ class Layers:
     def _norms(self, layer: str) -> list[Array]:
         """The base's norms over those that were found, of a block, where they differ."""
         found = [
-            _smoothing.ratio(self.base.array(name), self.found.array(name))
+            ratio
             for name, tensor in self.base.headers.items()
             if len(tensor.shape) == 1 and block(name) == block(layer)
             if name in self.found.headers and self.found.headers[name].shape == tensor.shape
+            for ratio in _smoothing.lost(self.base.array(name), self.found.array(name))
         ]
         return [ratio for ratio in found if (ratio != 1).any()]
 
@@ -139,9 +140,10 @@ class Layers:
             decoded, original = self._decoded(own)
             rows = _smoothing.rows(decoded, original)
             return _smoothing.explains_bias(rows, found, base, self.width(own))
-        norm = _smoothing.ratio(base, found)
+        norms = _smoothing.lost(base, found)
         return any(
             _smoothing.explains(self._scales(each), norm, self.width(each))
+            for norm in norms
             for each in sorted(self.parts, key=lambda layer: self.linears[layer])
             if block(each) == block(name) and self.linears[each][1] == len(norm)
         )
@@ -155,10 +157,9 @@ class Layers:
 
     def _decoded(self, layer: str) -> tuple[Array, Array]:
         kind, (rows, columns) = family(self.config), self.linears[layer]
-        packed = getattr(kind, "PACKED", ())
         base = self.base.array(f"{layer}.weight")
         try:
-            held = Layer(self.found.layer(layer, packed), rows, columns)
+            held = Layer(self.found.layer(layer), rows, columns)
             found = kind.weights(self.config, held)
             return found.reshape(base.shape), base
         except (KeyError, IndexError, TypeError, ValueError, StopIteration) as error:

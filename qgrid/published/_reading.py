@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import headers
+from qgrid import headers, layouts
 from qgrid.types import Tensor
 
 if TYPE_CHECKING:
@@ -42,16 +42,16 @@ class Tensors:
                 self.headers[name] = tensor
                 self._places[name] = (path, start)
 
-    def array(self, name: str, rows: int | None = None, dtype: str | None = None) -> Array:
-        """A tensor; floats become fp32. `rows`: about so many of its first axis, spread over it.
+    def array(self, name: str, rows: int | None = None) -> Array:
+        """A tensor; floats become fp32, and codes bytes whatever their dtype is called.
 
-        `dtype`: take the bytes as another one, whatever shape they are in.
+        `rows`: about so many of its first axis, spread over it.
         """
         import numpy as np
 
         tensor = self.headers[name]
-        if dtype is not None:
-            tensor = Tensor(dtype, (tensor.nbytes,), tensor.nbytes)
+        if name in self._codes:
+            tensor = Tensor("U8", (tensor.nbytes,), tensor.nbytes)
         path, start = self._places[name]
         kind = _PLAIN.get(tensor.dtype, _RAW.get(tensor.dtype))
         if kind is None:
@@ -62,11 +62,15 @@ class Tensors:
         found = stored.reshape(tensor.shape) if rows is None else stored[:: _step(stored, rows)]
         return _decoded(np.array(found), tensor.dtype)
 
-    def layer(self, name: str, packed: Collection[str] = ()) -> Mapping[str, Array]:
-        """Every tensor of a layer, by its name within it; those `packed` as bytes."""
+    def layer(self, name: str) -> Mapping[str, Array]:
+        """Every tensor of a layer, by its name within it."""
         prefix = f"{name}."
-        parts = [each.removeprefix(prefix) for each in self.headers if each.startswith(prefix)]
-        return {p: self.array(prefix + p, dtype="U8" if p in packed else None) for p in parts}
+        own = [each for each in self.headers if each.startswith(prefix)]
+        return {each.removeprefix(prefix): self.array(each) for each in own}
+
+    @cached_property
+    def _codes(self) -> frozenset[str]:
+        return layouts.codes(self.headers)
 
 
 def _step(stored: Array, rows: int) -> int:

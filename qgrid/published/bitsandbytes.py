@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 KINDS = ("bitsandbytes",)
-PACKED = ("weight",)  # in the dtype of `bnb_4bit_quant_storage`, which means nothing
-_PACKAGES = ("bitsandbytes", "torch", "transformers")
+PACKAGES = ("bitsandbytes", "torch", "transformers")
 _DEFAULT = "fp4"  # the library's own
 _BLOCK = 64  # weights a scale covers
 _NESTED_BLOCK = 256  # scales that share a second scale
@@ -38,9 +37,9 @@ def described(config: Config) -> Description:
     told.text("bnb_4bit_quant_storage")
     four, eight = told.flag("load_in_4bit"), told.flag("load_in_8bit")
     if four:
-        return Description(f"bitsandbytes-{kind or _DEFAULT}", 4, _PACKAGES)
+        return Description(f"bitsandbytes-{kind or _DEFAULT}", 4, PACKAGES)
     if eight:
-        return Description("bitsandbytes-int8", 8, _PACKAGES)
+        return Description("bitsandbytes-int8", 8, PACKAGES)
     raise Unreadable("says neither `load_in_4bit` nor `load_in_8bit`")
 
 

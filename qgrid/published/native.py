@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 KINDS = ("gptq", "awq")
 # pypcre is compiled where it is installed, and without a compiler it is missing. optimum loads.
-_PACKAGES = ("gptqmodel", "pypcre", "optimum", "torch", "transformers")
+PACKAGES = ("gptqmodel", "pypcre", "optimum", "torch", "transformers")
 _BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
 _FORMS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 _OLD = "gptq"  # zero points are kept less one
@@ -57,11 +57,12 @@ def described(config: Config) -> Description:
     if form not in _FORMS[kind]:
         raise Unreadable(f"packs `{kind}` as `{form}` (known: {', '.join(_FORMS[kind])})")
     told.count("group_size", -1)
+    told.flag("desc_act")
     told.text("pack_dtype", "int32")
     told.refuse("is_marlin_format", "rotation")
     for each in ("dynamic", "extra_config"):
         _require_alike(told.part(each), each)
-    return Description(kind, bits, _PACKAGES)
+    return Description(kind, bits, PACKAGES)
 
 
 def _form(config: Config) -> str:

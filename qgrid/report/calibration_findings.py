@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 
+from qgrid import registry
 from qgrid.report import compare, numbers
 from qgrid.report.rows import Row
 from qgrid.types import Measurement
@@ -113,6 +114,7 @@ def _against_none(row: Row, group: Sequence[Row]) -> Iterator[str]:
         each
         for each in group
         if each.planned.cell.calibration is None
+        and registry.support(each.planned.cell.method).from_base  # else a text is not known
         and _but_for(each, *_NOT_BLIND) == _but_for(row, *_NOT_BLIND)
         and (stored := each.get("linear_bits_per_weight")) is not None
         and stored.value <= _AS_WIDE * bits.value

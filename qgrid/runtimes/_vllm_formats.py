@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from qgrid import device
+from qgrid import device, widths
 from qgrid.contracts import Unsupported
 from qgrid.runtimes._vllm_settings import CUDA_KERNELS, W4A8, Options
 
@@ -58,14 +58,14 @@ def refused_dtype(cell: Cell, format_: str) -> str | None:
 
 
 def refused_format(cell: Cell, format_: str) -> str | None:
-    """Widths that no kernel of the device has."""
+    """Widths that no kernel of the device has, of single layers too."""
     kind = cell.gpu.kind
-    widths = _WIDTHS[kind].get(format_)
-    if widths is not None and cell.bits not in widths:
-        has = " and ".join(map(str, widths))
+    has = _WIDTHS[kind].get(format_)
+    lacking = [] if has is None else sorted(widths.asked(cell) - set(has))
+    if has is not None and lacking:
         return (
-            f"vLLM has no {kind} kernel for {cell.bits}-bit weights in `{format_}` with 16-bit "
-            f"activations (has: {has} bits)"
+            f"vLLM has no {kind} kernel for {lacking[0]}-bit weights in `{format_}` with 16-bit "
+            f"activations (has: {' and '.join(map(str, has))} bits)"
         )
     return None
 

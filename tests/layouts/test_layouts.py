@@ -44,6 +44,13 @@ def test_format_and_shape(held: dict[str, Tensor], name: str, known: bool) -> No
     assert layouts.shape(held, lambda _: SHAPE) == ((6, 8) if known else None)
 
 
+@pytest.mark.parametrize(("name", "shape"), [("scales", (6,)), ("qweight", (8,)), ("qzeros", (8,))])
+def test_native_layers_of_other_shapes_have_none(name: str, shape: tuple[int, ...]) -> None:
+    held = parts(qweight="I32", scales="F16", qzeros="I32")
+    held[name] = Tensor(held[name].dtype, shape, 0)
+    assert layouts.shape(held, lambda _: SHAPE) is None
+
+
 @pytest.mark.parametrize(
     ("scales", "name"), [("U8", "mxfp4"), ("F8_E8M0", "mxfp4"), ("F8_E4M3", "nvfp4")]
 )

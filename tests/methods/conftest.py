@@ -1,4 +1,4 @@
-"""Checkpoints that several files look at, each made once."""
+"""Checkpoints that several files look at, each made once in a process."""
 
 from __future__ import annotations
 

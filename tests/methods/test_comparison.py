@@ -44,7 +44,7 @@ def test_what_a_width_leaves_is_near_and_what_is_not_is_told(bits: int) -> None:
     """The margins: GPTQ's errors are up to 1.7 times those of rounding rows, 2 are allowed."""
     good = rounded(bits)
     assert wrong(good, bits) is None
-    assert wrong(BASE + 1.6 * (good - BASE), bits) is None or bits == 2
+    assert wrong(BASE + 1.6 * (good - BASE), bits) is None
     assert "of its size apart" in str(wrong(RNG.permutation(good), bits))
     assert "of its size apart" in str(wrong(np.full_like(good, np.nan), bits))
     swapped = good.copy()
@@ -76,6 +76,14 @@ def smoothed(
 
     As by AWQ on a trained model those of rows are milder, and about a number that is not one.
     """
+    folder = tmp_path_factory.mktemp("smoothed")
+    return smooth(folder, tiny_random, make_cell, 8)
+
+
+def smooth(
+    folder: Path, base: Path, make_cell: Callable[..., Cell], bits: int, offset: float = 0.0
+) -> Path:
+    """`offset`: what a norm adds to its weight before it multiplies."""
     generator = torch.Generator().manual_seed(0)
 
     def scales(size: int, spread: float) -> torch.Tensor:
@@ -85,7 +93,8 @@ def smoothed(
         for block in ("model.layers.0.", "model.layers.1."):
             for norm, layers in NORMS.items():
                 taken = scales(len(tensors[block + norm]), 0.4)
-                tensors[block + norm] = (tensors[block + norm] / taken).bfloat16()
+                weight = offset + tensors[block + norm].float()
+                tensors[block + norm] = (weight / taken - offset).bfloat16()
                 for name in layers:
                     tensors[f"{block}{name}.weight"].mul_(taken)
             up, down = (tensors[f"{block}mlp.{name}.weight"] for name in ("up_proj", "down_proj"))
@@ -93,9 +102,8 @@ def smoothed(
             up.div_(taken[:, None])
             down.mul_(taken)
 
-    folder = tmp_path_factory.mktemp("smoothed")
-    moved = foreign.changed(tiny_random, folder / "moved", move)
-    return foreign.stripped(make_cell, folder / "store", moved, "rtn", 8)
+    moved = foreign.changed(base, folder / "moved", move)
+    return foreign.stripped(make_cell, folder / "store", moved, "rtn", bits)
 
 
 def verdicts(folder: Path, base: Path) -> dict[str, tuple[bool, str]]:
@@ -107,6 +115,15 @@ def test_scales_of_norms_and_of_rows_are_accounted_for(smoothed: Path, tiny_rand
     said = verdicts(smoothed, tiny_random)
     assert said["weights"][0], said
     assert said["weights"][1].endswith("12 of them under other scales")
+    assert said["kept"] == (True, "2 equal, 4 scaled as the layers after them")
+
+
+@pytest.mark.parametrize(("bits", "offset"), [(3, 0.0), (4, 0.0), (4, 1.0)])
+def test_scales_are_accounted_for_where_rounding_is_coarse(
+    bits: int, offset: float, tmp_path: Path, tiny_random: Path, make_cell: Callable[..., Cell]
+) -> None:
+    said = verdicts(smooth(tmp_path, tiny_random, make_cell, bits, offset), tiny_random)
+    assert said["weights"][0], said
     assert said["kept"] == (True, "2 equal, 4 scaled as the layers after them")
 
 

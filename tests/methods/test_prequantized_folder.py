@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +157,8 @@ def _apart(
 def decoded(folder: Path, base: Path) -> dict[str, torch.Tensor]:
     config = json.loads((folder / "config.json").read_text())
     stored, family = Tensors(folder), published.family(config)
-    packed = getattr(family, "PACKED", ())
     return {
-        name: torch.from_numpy(family.weights(config, Layer(stored.layer(name, packed), *shape)))
+        name: torch.from_numpy(family.weights(config, Layer(stored.layer(name), *shape)))
         for name, shape in inspection.decoder_linears(inspection.read_headers(base)).items()
     }
 
@@ -451,6 +450,17 @@ def test_unknown_checkpoint_is_refused(
 def test_weights_that_transformers_does_not_find_are_refused(copy: Path, make: Make) -> None:
     (copy / "model.safetensors").rename(copy / "gptq_model-4bit-128g.safetensors")
     assert "has no `model.safetensors`" in str(prequantized.refusal(make(copy).planned.cell))
+
+
+def test_folder_without_a_config_is_no_id_of_the_hub(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    cell = make(tmp_path / "any").planned.cell
+    monkeypatch.chdir(tmp_path)
+    options = {**cell.method.options, "path": "org/name"}
+    said = prequantized.refusal(replace(cell, method=replace(cell.method, options=options)))
+    assert "nor a folder with a `config.json`" in str(said)
 
 
 def test_unreachable_id_is_one_sentence(make: Make) -> None:

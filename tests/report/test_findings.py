@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qgrid import report
+from qgrid import registry, report
 from qgrid.report import compare, findings
 from qgrid.types import Check, Measurement
 
@@ -181,7 +181,7 @@ def with_texts(sweep: Sweep, **texts: tuple[float, dict[str, float]]) -> Sweep:
     return found
 
 
-def test_a_wrong_calibration_text_is_named(sweep: Sweep) -> None:
+def test_a_wrong_calibration_text_is_named(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     hard = ("structured", "arithmetic", "code", "long_context")
     texts = with_texts(
         sweep,
@@ -207,3 +207,6 @@ def test_a_wrong_calibration_text_is_named(sweep: Sweep) -> None:
         "baseline at the same bits: KL divergence 0.0304 nats against 0.3000."
     ]
     assert not about(sweep, "calibration text")
+    foreign = replace(registry.method("rtn").SUPPORTS, from_base=False)  # by whatever text
+    monkeypatch.setattr(registry, "support", lambda _: foreign)
+    assert not about(texts, "looks at no calibration text")

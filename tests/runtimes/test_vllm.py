@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qgrid import codec, demo, legality, registry
 from qgrid.runtimes import vllm as runtime
 from qgrid.runtimes._batches import CHUNK_ROWS
-from qgrid.types import Cell, Gpu, KvCache, Runtime
+from qgrid.types import Cell, Gpu, KvCache, Method, Runtime
+from tests import jobs
 from tests.runtimes import vllm_environment, vllm_models
 from tests.runtimes.passes import Ids, plain, some_ids
 from tests.runtimes.rounding import FP8_LEVELS, INT8_LEVELS, rounded_model
@@ -396,6 +397,14 @@ def test_what_loads_is_legal(name: str, make_cell: Callable[..., Cell]) -> None:
     assert support.produces[wanted.bits] in loads
     assert runtime.refusal(wanted) is None
     assert legality._refused_options(wanted) is None
+
+
+def test_a_layer_of_another_width_needs_a_kernel_too(make_cell: Callable[..., Cell]) -> None:
+    method = Method("rtn", jobs.options("rtn", keep={"model.layers.0.*": 8}))
+    wanted = make_cell(method=method, bits=4, runtime=cell(make_cell, "rtn4").runtime)
+    assert "no cpu kernel for 8-bit weights" in str(runtime.refusal(wanted))
+    kept = {**method.options, "keep": {"model.layers.0.*": 16}}
+    assert runtime.refusal(replace(wanted, method=Method("rtn", kept))) is None
 
 
 H100 = Gpu("h100", "cuda", "h100", "sm_90", 80.0, 3350.0, 1)
