@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qgrid import codec, headers, models
+from qgrid import codec, headers, hub, models
 from qgrid.files import sha256
 
 if TYPE_CHECKING:
@@ -172,7 +172,6 @@ def notes(cell: Cell) -> tuple[str, ...]:
 
 def _download(model: Model, offline: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     asked, revision = str(model.adapter), model.adapter_revision
     try:
@@ -182,7 +181,7 @@ def _download(model: Model, offline: bool) -> Path:
             allow_patterns=[CONFIG, WEIGHTS, *models.TOKENIZER_FILES],
             local_files_only=offline,
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except hub.errors() as error:
         raise models.ModelNotFound(
             f"`model.adapter={asked}` (revision {revision}) is neither a folder nor a hub id that "
             f"can be reached; give a folder or ORG/NAME ({type(error).__name__})"

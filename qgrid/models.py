@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import codec, demo
+from qgrid import codec, demo, hub
 from qgrid.files import sha256
 
 if TYPE_CHECKING:
@@ -222,7 +222,6 @@ def is_path(name: str) -> bool:
 def _download(model: Model, offline: bool, into: Path | None = None) -> Path:
     """From the hub or its cache; `into`: all but the weights, into a folder of their own."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = [*CONFIG_FILES, *TOKENIZER_FILES]
     patterns += _SAFE if into is None else ()
@@ -236,7 +235,7 @@ def _download(model: Model, offline: bool, into: Path | None = None) -> Path:
             local_files_only=offline,
             local_dir=into,
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except hub.errors() as error:
         raise ModelNotFound(
             f"`model.id={model.id}` (revision {model.revision}) is neither a folder nor a hub id "
             f"that can be reached; give a folder or ORG/NAME ({type(error).__name__})"

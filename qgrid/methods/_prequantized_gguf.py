@@ -8,13 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import models, phrases
+from qgrid import hub, models, phrases
 from qgrid.contracts import Built, InvalidEngine, Unsupported
 from qgrid.gguf import audit, base_tensors, convert, layers
 from qgrid.gguf import file as gguf_file
 from qgrid.gguf.constants import check_constants
 from qgrid.gguf.types import FILE_TYPES, TENSOR_TYPES, FileType, named, stored_as
-from qgrid.methods import _checkpoint, _hub, gguf
+from qgrid.methods import _checkpoint, gguf
 from qgrid.types import Cell, Check
 
 if TYPE_CHECKING:
@@ -225,12 +225,12 @@ def _download(path: str) -> Path:
     repository, revision, name = _hub_parts(path)
     try:
         return Path(hf_hub_download(repository, name, revision=revision))
-    except _hub.errors() as error:
+    except hub.errors() as error:
         absent = (
             f"`method.path={path}` is neither a local file nor one on the hub; give a path or "
             "ORG/NAME/FILE.gguf"
         )
-        raise _hub.failure(error, path, absent) from error
+        raise hub.failure(error, path, absent) from error
 
 
 def _hub_parts(path: str) -> tuple[str, str | None, str]:

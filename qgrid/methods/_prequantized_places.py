@@ -6,9 +6,9 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from qgrid import headers, models, published
+from qgrid import headers, hub, models, published
 from qgrid.contracts import Unreachable, Unsupported
-from qgrid.methods import _checkpoint, _hub
+from qgrid.methods import _checkpoint
 from qgrid.published import Config, Unreadable
 from qgrid.types import Model
 
@@ -73,8 +73,8 @@ def _config_of_hub(path: str) -> Config | Unreadable | Unreachable | None:
     with TemporaryDirectory() as aside:
         try:
             hf_hub_download(named.id, published.FILE, revision=named.revision, local_dir=aside)
-        except _hub.errors() as error:
-            found = _hub.failure(error, path, missing(path))
+        except hub.errors() as error:
+            found = hub.failure(error, path, missing(path))
             return found if isinstance(found, Unreachable) else None
         try:
             return published.read(Path(aside))
@@ -97,8 +97,8 @@ def fetched(path: str) -> Path:
     if folder is None or fault(path, folder) is not None:
         try:
             folder = models.completed(_model(path))
-        except _hub.errors() as error:  # `ModelNotFound`, with the library's error below it
-            raise _hub.failure(error.__cause__ or error, path, missing(path)) from error
+        except hub.errors() as error:  # `ModelNotFound`, with the library's error below it
+            raise hub.failure(error.__cause__ or error, path, missing(path)) from error
     if (lacking := _unfetched(path, folder)) is not None:
         raise Unreachable(
             f"`method.path={path}` has not `{lacking}` in the hub's cache, which its index names, "
