@@ -114,7 +114,7 @@ def _against_none(row: Row, group: Sequence[Row]) -> Iterator[str]:
         each
         for each in group
         if each.planned.cell.calibration is None
-        and registry.support(each.planned.cell.method).from_base  # else a text is not known
+        and _is_from_base(each)
         and _but_for(each, *_NOT_BLIND) == _but_for(row, *_NOT_BLIND)
         and (stored := each.get("linear_bits_per_weight")) is not None
         and stored.value <= _AS_WIDE * bits.value
@@ -128,3 +128,9 @@ def _against_none(row: Row, group: Sequence[Row]) -> Iterator[str]:
             f"to the baseline at the same bits: KL divergence {numbers.plain(_divergence(best))} "
             f"nats against {numbers.plain(mine.value)}."
         )
+
+
+def _is_from_base(row: Row) -> bool:
+    """Whether qgrid made the weights: of others it is not known what text they saw."""
+    method = row.planned.cell.method
+    return method.name in registry.names("methods") and registry.support(method).from_base
