@@ -202,7 +202,7 @@ def _require_fit(found: Fit, folder: Path, model: Model, base: Path) -> None:
 
 def _require_shapes(found: Fit, base: Path) -> None:
     tensors = inspection.read_headers(base)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = models.read_config(base)
     for layer, parts in found.layers.items():
         weight = tensors.get(f"{layer}.weight")
         if weight is None or len(weight.shape) != 2:

@@ -99,8 +99,8 @@ def _wrong_keys(found: Collection[str]) -> str:
     """What is wrong with the top level of a configuration."""
     if unknown := sorted(set(found) - _KEYS):
         near = difflib.get_close_matches(unknown[0], _KEYS, n=1)
-        hint = f"; did you mean `{near[0]}`?" if near else ""
-        return f"`{unknown[0]}` is not a known key{hint}; `qgrid --help` lists the keys"
+        hint = f", did you mean `{near[0]}`?" if near else ";"
+        return f"`{unknown[0]}` is not a known key{hint} `qgrid --help` lists the keys"
     return f"`{min(_KEYS - set(found))}` is missing; every key must have a value"
 
 

@@ -98,7 +98,7 @@ def sentence(error: BaseException) -> str:
             return (
                 f"`{key[1]}` takes the name of a choice; its keys are given as `{key[1]}.KEY=...`"
             )
-        return f"`{key[1]}` is not a known key{_near_key(key[1])}; `qgrid --help` lists the keys"
+        return _unknown_key(key[1])
     cause = "" if error.__cause__ is None else " ".join(str(error.__cause__).split())
     return text if cause in text else f"{text} ({cause})"
 
@@ -125,9 +125,15 @@ def _unknown_choice(group: str, name: str, options: str | None) -> str:
     return f"`{group}={name}` is unknown (has: {', '.join(known) or 'none'}){hint}"
 
 
-def _near_key(key: str) -> str:
+def _unknown_key(key: str) -> str:
+    """That a key is none, and one that is alike, or where a group's keys stand."""
+    said = f"`{key}` is not a known key"
+    group, dot, _ = key.partition(".")
+    if dot and group in _keys():
+        return f"{said} of this choice of `{group}`; its keys stand in `conf/{group}/NAME.yaml`"
     near = difflib.get_close_matches(key, _keys(), n=1)
-    return f"; did you mean `{near[0]}`?" if near else ""
+    hint = f", did you mean `{near[0]}`?" if near else ";"
+    return f"{said}{hint} `qgrid --help` lists the keys"
 
 
 def _keys() -> list[str]:

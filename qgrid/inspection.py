@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -167,7 +166,7 @@ def num_parameters(
 
     `linears` gives the sizes of layers whose stored tensors do not show them.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = models.read_config(folder)
     skip = {"lm_head.weight", "output.weight"} if models.tied(config) else set()
     known = linears or {}
     total = sum(rows * columns for rows, columns in known.values())
@@ -181,8 +180,9 @@ def num_parameters(
 
 def quantization_config(folder: Path) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint; empty for one that is not quantized."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return dict(config.get("quantization_config") or {})
+    config = models.read_config(folder)
+    found = config.get("quantization_config") or {}
+    return found if isinstance(found, dict) else {"quant_method": found}
 
 
 def _format(folder: Path, tensors: Mapping[str, Tensor], kinds: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qgrid import adapters, device, estimate, registry
+from qgrid import adapters, device, estimate, inspection, models, registry
 from qgrid import facts as lookups
 from qgrid.contracts import Unreachable
 from qgrid.types import Cell, MethodSupport, Status
@@ -34,6 +34,7 @@ def refusal(
         or _refused_packages(cell, support)
         or _refused_device(cell, support)
         or _refused_adapter(cell, support, facts)
+        or _refused_model(cell, support)
         or _refused_by_method(cell, facts)
         or _refused_by_runtime(cell, support)
         or _refused_by_memory(cell, predicted)
@@ -108,6 +109,19 @@ def _no_adapter_beside(cell: Cell, support: MethodSupport) -> str:
         f"{where} keeps no adapter {beside}; use `model.adapter_mode=merged`, or {way} for "
         "`model.adapter_mode=attached`"
     )
+
+
+def _refused_model(cell: Cell, support: MethodSupport) -> Refusal | None:
+    """A base that is quantized itself: the 16-bit baseline would be none."""
+    source = models.known(cell.model) if support.stores_weights else None
+    config = {} if source is None else inspection.quantization_config(source)
+    if not config:
+        return None
+    reason = (
+        f"`model.id={cell.model.id}` is already quantized ({config.get('quant_method')}); give the "
+        "16-bit checkpoint that it was made from"
+    )
+    return Refusal("unsupported", "model", reason)
 
 
 def _refused_by_method(cell: Cell, facts: Facts) -> Refusal | None:

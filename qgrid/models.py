@@ -31,6 +31,10 @@ TOKENIZER_FILES = (
 CONFIG_FILES = ("config.json", "generation_config.json")
 _SAFE = ("*.safetensors", "*.safetensors.index.json")
 _PICKLED = ("*.bin", "*.bin.index.json")
+_SIZES = {
+    "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size",
+    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
+}  # fmt: skip
 
 
 class ModelNotFound(FileNotFoundError):
@@ -176,14 +180,39 @@ def _inside(package: str, path: str) -> Path:
         ) from None
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a checkpoint.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); get the checkpoint again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} should hold an object; get the checkpoint again")
+    return config
+
+
 def architecture(folder: Path) -> dict[str, Any]:
     """Sizes from `config.json`, and the number of parameters (tied embeddings once) from the files.
 
     Keys: model_type, layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, positions,
     tied, dtype, num_parameters (None where the folder has no safetensors).
+
+    Raises:
+        ValueError: a size is no positive number.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     text = config.get("text_config", config)
+    for key in _SIZES & text.keys():
+        if text[key] is not None and (type(text[key]) is not int or text[key] < 1):
+            raise ValueError(
+                f"{folder / 'config.json'} has `{key}={text[key]}`, which should be a whole number "
+                "above 0; get the checkpoint again"
+            )
     hidden, heads = text["hidden_size"], text["num_attention_heads"]
     return {
         "model_type": text.get("model_type", config.get("model_type")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -107,3 +108,19 @@ def test_pickles_are_left_out_unless_allowed(tmp_path: Path) -> None:
     allowed = [p.name for p in models.checkpoint_files(tmp_path, allow_pickle=True)]
     assert "pytorch_model.bin" in allowed
     assert models.load_options(model("x"))["use_safetensors"] is True
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_size", "x"), ("num_attention_heads", 0), ("vocab_size", 1.5), ("head_dim", -1)],
+)
+def test_a_size_that_is_none_is_one_sentence(
+    key: str, value: object, tmp_path: Path, tiny_random: Path
+) -> None:
+    told = json.loads((tiny_random / "config.json").read_text()) | {key: value}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=rf"config\.json has `{key}={value}`, which should be"):
+        models.architecture(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not JSON .*; get the checkpoint again"):
+        models.architecture(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -229,6 +231,17 @@ def test_what_a_method_says_of_a_device_is_asked_for_each(
         gpu = Gpu(name, "cuda", name, capability, 40.0, None, 1)
         said = str(facts.objection("refusal", replace(cell, gpu=gpu)))
         assert f"`gpu={name}` has" in said
+
+
+def test_a_base_that_is_quantized_itself_is_refused(
+    planned: Plan, tmp_path: Path, tiny_random: Path
+) -> None:
+    base = shutil.copytree(tiny_random, tmp_path / "base")
+    told = json.loads((base / "config.json").read_text())
+    told["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (base / "config.json").write_text(json.dumps(told))
+    with pytest.raises(plan.EmptyGrid, match=r"is already quantized \(bitsandbytes\); give the 16"):
+        planned("model=hf", f"model.id={base}", "method=rtn")
 
 
 def test_how_a_cluster_finds_a_card_is_in_no_id(planned: Plan, facts: Facts) -> None:

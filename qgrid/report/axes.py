@@ -79,7 +79,7 @@ def _name(node: Mapping[str, Any]) -> str:
 def _telling(nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Keys in which choices differ -> the value that goes without saying.
 
-    It is what more than half of them have, else a switch that is off.
+    It is what more than half of them have, else a switch that is off. Patterns never do.
     """
     keys = dict.fromkeys(key for node in nodes for key in node)
     found: dict[str, Any] = {}
@@ -87,7 +87,9 @@ def _telling(nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [node.get(key) for node in nodes]
         known = Counter(map(repr, values))
         ((usual, count),) = known.most_common(1)
-        if len(known) > 1:
+        if any(isinstance(value, str) and value.startswith("{") for value in values):
+            found[key] = None  # patterns, such as of `keep`, are always said
+        elif len(known) > 1:
             often = 2 * count > len(values)
             found[key] = next(v for v in values if repr(v) == usual) if often else False
     return found

@@ -116,7 +116,12 @@ def _floor(row: Row) -> Iterator[str]:
 def _larger(row: Row) -> Iterator[str]:
     """Artifacts that take more than what was asked for."""
     asked, stored = row.planned.cell.bits, row.get("linear_bits_per_weight")
-    if stored is not None and stored.value - asked > max(SURPLUS_BITS, SURPLUS_SHARE * asked):
+    mixed = row.planned.cell.method.options.get("keep")  # other widths were asked for as well
+    if (
+        stored is not None
+        and not mixed
+        and stored.value - asked > max(SURPLUS_BITS, SURPLUS_SHARE * asked)
+    ):
         yield (
             f"the linears take {stored.value:.2f} bits per weight, more than the {asked} asked for."
         )
@@ -139,7 +144,8 @@ def _fallbacks(row: Row) -> Iterator[str]:
     """Linear layers that another method than the one asked for made, or none."""
     asked = row.planned.cell.method.name
     made = module_methods(row.record.artifact) if row.record is not None else {}
-    strangers = {name: count for name, count in made.items() if name != asked}
+    own = {asked, "none"} if row.planned.cell.method.options.get("keep") else {asked}
+    strangers = {name: count for name, count in made.items() if name not in own}
     if strangers and asked in made:
         listed = ", ".join(f"{count} by `{name}`" for name, count in strangers.items())
         total = sum(made.values())

@@ -174,8 +174,8 @@ class Transformers:
             "device": _device_name(self._device),
             "device_kind": self._device.type,
             "kernels": dict(self.kernels()),
-            "stores_in": {each.format: count for each, count in self._arrived.items()},
-            "computes_in": {each.format: count for each, count in now.items()},
+            "stores_in": _by_format(self._arrived),
+            "computes_in": _by_format(now),
             "decompressed": _narrowest(now) > _narrowest(self._arrived) < 16,
             "resident_dtypes": _storage.dtypes(self._model),
             "compute_dtype": self._dtype,
@@ -235,6 +235,14 @@ def load(artifact: Path, cell: Cell, dtype: str) -> Transformers:
     if cache is not None and slides(model.config):
         raise Unsupported(_kv_refusals.sliding(cell))
     return Transformers(model, dtype, arrived, options, cache)
+
+
+def _by_format(found: Mapping[_linears.Stored, int]) -> dict[str, int]:
+    """Layers of each format, whatever their widths."""
+    counted: dict[str, int] = {}
+    for each, count in found.items():
+        counted[each.format] = counted.get(each.format, 0) + count
+    return counted
 
 
 def _narrowest(found: Mapping[_linears.Stored, int]) -> int:

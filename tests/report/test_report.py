@@ -171,6 +171,8 @@ def test_what_most_choices_share_goes_without_saying(sweep: Sweep) -> None:
     assert [each["method"] for each in axes.labels(cells)] == [
         "nf4", "nf4 group_size=64", "nf4 symmetric=false", "nf4 group_size=null", "nf4 batch=0",
     ]  # fmt: skip
+    kept = replace(cell, method=replace(cell.method, options={"keep": {"layers.0.*": 8}}))
+    assert axes.labels([kept])[0]["method"] == 'nf4 keep={"layers.0.*": 8}'
     switched = [replace(cell, method=replace(cell.method, options={"on": on})) for on in (0, 0, 1)]
     assert [each["method"] for each in axes.labels(switched)] == [
         "nf4 on=0",

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from qgrid.contracts import InvalidEngine
 from qgrid.runtimes import transformers as runtime
+from qgrid.runtimes._linears import Stored
 from qgrid.types import Cell, Gpu, Method
 from tests.runtimes.passes import Ids, distance, plain, some_ids
 
@@ -229,3 +230,8 @@ def test_unknown_options_are_refused(tiny_random: Path, make_cell: Callable[...,
     odd = dataclasses.replace(cell.runtime, options={"attention": "sdpa"})
     with pytest.raises(TypeError, match="attention"):
         runtime.load(tiny_random, dataclasses.replace(cell, runtime=odd), "float32")
+
+
+def test_layers_of_one_format_in_several_widths_are_counted_together() -> None:
+    found = {Stored("hqq", 4): 25, Stored("hqq", 8): 7, Stored("bfloat16", 16): 3}
+    assert runtime._by_format(found) == {"hqq": 32, "bfloat16": 3}
