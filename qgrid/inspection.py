@@ -185,6 +185,17 @@ def quantization_config(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {"quant_method": found}
 
 
+def already_quantized(folder: Path, name: str) -> str | None:
+    """Why a checkpoint, `name` in `model.id`, is no base; None for one of 16 or 32 bits."""
+    config = quantization_config(folder)
+    if not config:
+        return None
+    return (
+        f"`model.id={name}` is already quantized ({config.get('quant_method')}); "
+        "give the 16-bit checkpoint that it was made from"
+    )
+
+
 def _format(folder: Path, tensors: Mapping[str, Tensor], kinds: Iterable[str]) -> str:
     """What the layers are stored as, or the floats of a folder in which none is quantized."""
     if is_gguf(folder):

@@ -114,14 +114,8 @@ def _no_adapter_beside(cell: Cell, support: MethodSupport) -> str:
 def _refused_model(cell: Cell, support: MethodSupport) -> Refusal | None:
     """A base that is quantized itself: the 16-bit baseline would be none."""
     source = models.known(cell.model) if support.stores_weights else None
-    config = {} if source is None else inspection.quantization_config(source)
-    if not config:
-        return None
-    reason = (
-        f"`model.id={cell.model.id}` is already quantized ({config.get('quant_method')}); give the "
-        "16-bit checkpoint that it was made from"
-    )
-    return Refusal("unsupported", "model", reason)
+    reason = None if source is None else inspection.already_quantized(source, cell.model.id)
+    return None if reason is None else Refusal("unsupported", "model", reason)
 
 
 def _refused_by_method(cell: Cell, facts: Facts) -> Refusal | None:

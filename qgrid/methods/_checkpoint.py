@@ -31,12 +31,7 @@ def refuse_quantized(source: Path) -> None:
     Raises:
         Unsupported: the source is already quantized.
     """
-    config = inspection.quantization_config(source)
-    if config:
-        raise Unsupported(
-            f"`model.id={source}` is already quantized ({config.get('quant_method')}); "
-            "give the 16-bit checkpoint that it was made from"
-        )
+    refuse(inspection.already_quantized(source, str(source)))
 
 
 def refuse(reason: str | None) -> None:
