@@ -29,6 +29,7 @@ MOMENTARY = {
 }
 MOMENTARY_OF_STAGES = {"stage_seconds", "imported", "launch", "host", "job", "attempts"}
 CLOSE = 1e-6  # relative, of floats: sums of times in another order
+ROUNDED = 1e-12  # absolute: a spread of equal times is 0 or what is left of their rounding
 
 
 def differences(cells: Sequence[PlannedCell], one: Path, other: Path) -> list[str]:
@@ -84,5 +85,5 @@ def _is_momentary(path: str) -> bool:
 
 def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=CLOSE)
+        return math.isclose(one, other, rel_tol=CLOSE, abs_tol=ROUNDED)
     return type(one) is type(other) and one == other
