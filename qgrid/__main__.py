@@ -84,13 +84,13 @@ def _report(arguments: list[str]) -> int:
 
 
 def _sync(arguments: list[str]) -> int:
-    from qgrid import tracking
+    from qgrid.mirroring import tracking
 
     return _on_sweep("sync", arguments, tracking.sync)
 
 
 def _workspace(arguments: list[str]) -> int:
-    from qgrid import workspace
+    from qgrid.mirroring import workspace
 
     return workspace.main(arguments)
 
@@ -111,8 +111,8 @@ def _module(name: str) -> Callable[[list[str]], int]:
     """A verb whose module has a `main`."""
 
     def run(arguments: list[str]) -> int:
-        from qgrid import commands
         from qgrid.store import place
+        from qgrid.verbs import commands
 
         try:
             return int(importlib.import_module(name).main(arguments))
@@ -131,24 +131,24 @@ def _module(name: str) -> Callable[[list[str]], int]:
 
 VERBS: dict[str | None, Callable[[list[str]], int]] = {
     "plan": _plan,
-    "status": _module("qgrid.status"),
-    "cancel": _module("qgrid.cancel"),
-    "resume": _module("qgrid.resume"),
+    "status": _module("qgrid.verbs.status"),
+    "cancel": _module("qgrid.verbs.cancel"),
+    "resume": _module("qgrid.verbs.resume"),
     "report": _report,
-    "reproduce": _module("qgrid.reproduce"),
+    "reproduce": _module("qgrid.verbs.reproduce"),
     "sync": _sync,
     "workspace": _workspace,
-    "fsck": _module("qgrid.fsck"),
-    "gc": _module("qgrid.gc"),
-    "doctor": _module("qgrid.doctor"),
+    "fsck": _module("qgrid.verbs.fsck"),
+    "gc": _module("qgrid.verbs.gc"),
+    "doctor": _module("qgrid.verbs.doctor"),
     "setup": _setup,
 }
 
 
 def _on_sweep(verb: str, arguments: list[str], act: Callable[[Path, str | None], int]) -> int:
     """Run a verb that takes an optional sweep name and `out=FOLDER`."""
-    from qgrid import commands
     from qgrid.store import place
+    from qgrid.verbs import commands
 
     try:
         given = commands.parse(verb, arguments, "[SWEEP] [out=FOLDER]")

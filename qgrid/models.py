@@ -237,7 +237,7 @@ def tied(config: dict[str, Any]) -> bool:
 
 
 def _num_parameters(folder: Path) -> int | None:
-    from qgrid import inspection
+    from qgrid.weights import inspection
 
     tensors = inspection.read_headers(folder)
     return inspection.num_parameters(folder, tensors) if tensors else None

@@ -66,7 +66,7 @@ def loader(chosen: Method) -> Callable[[Path, Mapping[str, Any]], Any]:
     own = getattr(method(chosen.name), "load", None)
 
     def load(folder: Path, arguments: Mapping[str, Any]) -> Any:
-        from qgrid import loading
+        from qgrid.libraries import loading
 
         return (loading.pretrained if own is None else own)(folder, arguments).eval()
 

@@ -10,10 +10,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import choices, codec, commands, config, glance, launch, plan
-from qgrid.facts import Facts
+from qgrid import codec, config
 from qgrid.files import HashCache, write_atomic
+from qgrid.planning import choices, plan
+from qgrid.planning.facts import Facts
+from qgrid.running import launch
+from qgrid.store import glance
 from qgrid.types import PlannedCell, Settings
+from qgrid.verbs import commands
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -47,7 +51,7 @@ def run(
 
         print(plan_table.render(planned))  # noqa: T201
         return
-    from qgrid import sweep_lock
+    from qgrid.reproduction import sweep_lock
 
     folder = folder_of(planned, settings)
     _refuse_another_plan(folder, planned)
@@ -126,8 +130,9 @@ def run_cells(
 
     `slots`: how many at once; None: as the devices of this machine say.
     """
-    from qgrid import controller, leases
-    from qgrid import slots as places
+    from qgrid.running import controller
+    from qgrid.running import slots as places
+    from qgrid.store import leases
 
     folder = Path(plan_file).parent
     settings = codec.read(Settings, folder / "settings.json")
@@ -143,8 +148,10 @@ def run_cells(
 
 def conclude(folder: Path, code: int) -> int:
     """Write what a launch leaves beside its records, where it can; the exit code of the command."""
-    from qgrid import controller, records, report, sweep_lock
-    from qgrid.store import place
+    from qgrid import report
+    from qgrid.reproduction import sweep_lock
+    from qgrid.running import controller
+    from qgrid.store import place, records
 
     if code == controller.STORE_FAILED:
         return 1

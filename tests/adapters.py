@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qgrid import codec, demo, inspection, models
+from qgrid import codec, demo, models
 from qgrid.types import Cell, Job, Model, Slice, Slices
+from qgrid.weights import inspection
 from tests import jobs
 
 STEPS = 25

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qgrid import records
+from qgrid.store import records
 from tests.drills import running, same, trivial
 from tests.stores import Made
 

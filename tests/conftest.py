@@ -14,10 +14,11 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # as in a worker
 
 import pytest
 
-from qgrid import choices, config, plan, registry
-from qgrid.facts import Facts
+from qgrid import config, registry
 from qgrid.files import HashCache
 from qgrid.hydra_entry import PLUGINS
+from qgrid.planning import choices, plan
+from qgrid.planning.facts import Facts
 from qgrid.types import Cell, Gpu, KvCache, Method, Model, PlannedCell, Runtime, Slices, Workload
 
 CHAT = (

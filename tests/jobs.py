@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from qgrid import codec, files, inspection, registry
-from qgrid.artifacts import MANIFEST
+from qgrid import codec, files, registry
 from qgrid.types import Calibration, Cell, Job, Manifest, Method, Model, PlannedCell
+from qgrid.weights import inspection
+from qgrid.weights.artifacts import MANIFEST
 
 CONF = Path(__file__).parents[1] / "conf"
 

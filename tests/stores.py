@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from qgrid import codec, leases, records
+from qgrid import codec
 from qgrid.__main__ import main
+from qgrid.store import leases, records
 from qgrid.types import PlannedCell
 from tests.drills import running, trivial
 
 GRID = [trivial.choice(bits, load=load) for bits in (8, 4) for load in (0, 1)]
 HOLD = (
-    "import sys, time, pathlib; from qgrid import leases; "
+    "import sys, time, pathlib; from qgrid.store import leases; "
     "lease = leases.attempt(pathlib.Path(sys.argv[1])); print(lease is not None, flush=True); "
     "time.sleep(600)"
 )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from qgrid import artifacts, codec, registry
+from qgrid import codec, registry
 from qgrid.calibration import batches, calibration_identity, draw
 from qgrid.calibration_texts import BadCalibration
 from qgrid.contracts import Unsupported
@@ -22,6 +22,7 @@ from qgrid.demo import MODEL_DIR, SLICES_DIR
 from qgrid.files import HashCache
 from qgrid.measure import prose
 from qgrid.types import Calibration, Cell, Manifest, Method, Model
+from qgrid.weights import artifacts
 from tests import jobs
 
 

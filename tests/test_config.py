@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qgrid import choices, codec, config, registry
+from qgrid import codec, config, registry
+from qgrid.planning import choices
 
 
 def grid(compose: config.Compose, *overrides: str) -> config.Grid:

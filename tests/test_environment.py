@@ -18,8 +18,9 @@ from types import ModuleType
 import pytest
 
 import qgrid
-from qgrid import adapters, environment, methods, published, runtimes
+from qgrid import environment, methods, published, runtimes
 from qgrid.envs import locks, wheels
+from qgrid.lora import adapters
 
 
 def test_the_lock_pins_what_matters() -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 import qgrid.demo
-from qgrid import inspection, models
+from qgrid import models
 from qgrid.files import HashCache
 from qgrid.models import ModelNotFound
 from qgrid.types import Model
+from qgrid.weights import inspection
 
 
 def model(name: str, revision: str | None = None) -> Model:

@@ -1,7 +1,7 @@
 """Faults planted into checkpoints that look right: each is caught, by the check named for it.
 
 Elsewhere: 16-bit weights named 4-bit, a swapped tokenizer and a layer left out of an artifact
-(`test_artifacts.py`); the same of checkpoints that others made
+(`weights/test_artifacts.py`); the same of checkpoints that others made
 (`methods/test_prequantized_folder.py`, `methods/test_gguf_faults.py`); four-bit integers in whole
 bytes (`methods/test_torchao.py`).
 """
@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qgrid import artifacts, loading
-from qgrid.artifacts import BadArtifact
 from qgrid.contracts import InvalidEngine, Unsupported
+from qgrid.libraries import loading
 from qgrid.methods import _checkpoint
 from qgrid.types import Cell, StageResult
+from qgrid.weights import artifacts
+from qgrid.weights.artifacts import BadArtifact
 from tests import jobs
 from tests.conftest import write_model, write_tokenizer
 

@@ -15,18 +15,21 @@ from pathlib import Path
 
 import pytest
 
-from qgrid import artifacts, assembly, attempts, codec, files, leases, machine, pipeline, records
-from qgrid.controller import Sweep
-from qgrid.progress import Progress
-from qgrid.stopping import Stop, Stopped
-from qgrid.tasks import Task, TaskList
+from qgrid import codec, files
+from qgrid.running import assembly, attempts, machine, pipeline
+from qgrid.running.controller import Sweep
+from qgrid.running.progress import Progress
+from qgrid.running.stopping import Stop, Stopped
+from qgrid.running.tasks import Task, TaskList
+from qgrid.store import leases, records
 from qgrid.types import Gpu, Job, PlannedCell
+from qgrid.weights import artifacts
 from tests import faults
 from tests.drills import trivial
 from tests.drills.once import assert_each_once
 from tests.drills.running import launching
 from tests.drills.trivial import LEDGER, choice
-from tests.test_tasks import in_stage, run, start
+from tests.running.test_tasks import in_stage, run, start
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +149,7 @@ def test_a_build_that_another_one_has_taken_over_is_no_end_of_its_cells(
 
     monkeypatch.setattr(pipeline.Pipeline, "_stage", stage)
     if not ahead:
-        monkeypatch.setattr("qgrid.schedule.needed", lambda *_: [])
+        monkeypatch.setattr("qgrid.running.schedule.needed", lambda *_: [])
     sweep = Sweep(cells, trivial.settings(store), folder, Progress(cells, io.StringIO()))
     sweep.run()
     assert taken
@@ -265,7 +268,7 @@ def test_a_stage_that_nobody_waits_for_any_more_does_not_begin(store: Path) -> N
     file.write_text(codec.dumps(job))
     for hears in (False, True):
         worker = subprocess.Popen(
-            [sys.executable, "-m", "qgrid.worker"],
+            [sys.executable, "-m", "qgrid.running.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=trivial.variables(),

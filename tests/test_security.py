@@ -15,8 +15,10 @@ import pytest
 import yaml
 
 import qgrid
-from qgrid import choices, codec, config, models, records, redact
+from qgrid import codec, config, models, redact
 from qgrid.__main__ import main
+from qgrid.planning import choices
+from qgrid.store import records
 from qgrid.types import Choice, Method, Model, PlannedCell
 from tests import faults, stores
 from tests.drills import trivial
@@ -146,7 +148,7 @@ def real(model: Path) -> PlannedCell:
 
 def run_real(cell: PlannedCell, store: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run one cell with the real libraries; its status and why."""
-    from qgrid import controller
+    from qgrid.running import controller
 
     faults.install(monkeypatch)
     controller.run([cell], faults.settings(store), faults.folder(store))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qgrid import codec, config, glance, leases, sweep, tasks
-from qgrid.store import checks, needs
+from qgrid import codec, config, sweep
+from qgrid.running import tasks
+from qgrid.store import checks, glance, leases, needs
 from qgrid.types import PlannedCell
 from tests import faults
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qgrid import records
+from qgrid.store import records
 from tests import stores
 from tests.commands import GRID, finished, launched, numbers, qgrid, traceless
 from tests.drills import trivial

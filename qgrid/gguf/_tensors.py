@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qgrid import headers
 from qgrid.contracts import Unsupported
 from qgrid.gguf import _decoder
+from qgrid.weights import headers
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qgrid import inspection, phrases
+from qgrid import phrases
 from qgrid.gguf import layers, mix
 from qgrid.gguf.file import Header, Stored
 from qgrid.gguf.types import BY_FILE_TYPE, FILE_TYPES, FileType
 from qgrid.types import Check
+from qgrid.weights import inspection
 
 _BASE_SHARE = 0.5  # of the linear weights: gate, up, query and key always have the base type
 _FILE_TYPE = "general.file_type"

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import headers, models
+from qgrid import models
 from qgrid.contracts import Unsupported
 from qgrid.gguf import _decoder, _tensors, vocabulary
 from qgrid.gguf._tensors import Dtype
+from qgrid.weights import headers
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

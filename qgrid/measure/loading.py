@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qgrid import baseline, inspection, registry
+from qgrid import registry
+from qgrid.planning import baseline
+from qgrid.weights import inspection
 
 if TYPE_CHECKING:
     from qgrid.contracts import Engine

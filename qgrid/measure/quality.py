@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import baseline, files, models
+from qgrid import files, models
 from qgrid.contracts import NoLogprobs
 from qgrid.measure import answers, kv_rows, prose, row_cache, slices, truncated
 from qgrid.measure.encoding import Encoder, TooLong
 from qgrid.measure.loading import Phases, fits_beside, is_baseline, load
 from qgrid.measure.prose import Tokens, Windows
+from qgrid.planning import baseline
 from qgrid.types import Measurement, StageResult
 
 if TYPE_CHECKING:

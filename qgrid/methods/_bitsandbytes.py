@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qgrid import widths
 from qgrid.contracts import Built
 from qgrid.methods import _checkpoint
+from qgrid.planning import widths
 from qgrid.types import Cell
 
 

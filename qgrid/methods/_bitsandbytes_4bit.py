@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qgrid import widths
 from qgrid.contracts import Built
 from qgrid.methods import _bitsandbytes as bnb
+from qgrid.planning import widths
 from qgrid.published import bitsandbytes as published
 from qgrid.types import Cell, Check, MethodSupport
 

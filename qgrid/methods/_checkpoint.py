@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qgrid import gptq_kernels, inspection, loading, models, registry
+from qgrid import models, registry
 from qgrid.contracts import Unsupported
+from qgrid.libraries import gptq_kernels, loading
+from qgrid.weights import inspection
 
 if TYPE_CHECKING:
     import torch

@@ -14,11 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qgrid import inspection, models, widths
+from qgrid import models
 from qgrid.contracts import Built
 from qgrid.methods import _checkpoint
 from qgrid.methods import _llmcompressor as llmc
+from qgrid.planning import widths
 from qgrid.types import Cell, MethodSupport
+from qgrid.weights import inspection
 
 BITS = (4,)
 

@@ -15,12 +15,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from qgrid import calibration, gptq_kernels, inspection, models
+from qgrid import calibration, models
 from qgrid.contracts import Built, Unsupported
+from qgrid.libraries import gptq_kernels
 from qgrid.methods import _checkpoint
 from qgrid.methods import _packed as packed
 from qgrid.published.native import PACKAGES
 from qgrid.types import Cell, MethodSupport
+from qgrid.weights import inspection
 
 Layout = Literal["gptq", "awq"]
 GROUPS = (16, 32, 64, 128)  # what some kernel of a CPU multiplies in every width

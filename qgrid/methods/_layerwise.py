@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import inspection, widths
 from qgrid.contracts import Built, InvalidEngine, Unsupported
 from qgrid.methods import _checkpoint
+from qgrid.planning import widths
+from qgrid.weights import inspection
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qgrid import calibration, widths
+from qgrid import calibration
 from qgrid.contracts import Built
 from qgrid.methods import _checkpoint
+from qgrid.planning import widths
 from qgrid.types import Cell
 
 Scheme = Mapping[str, Mapping[str, Any]]  # `weights` and, if they are rounded, `input_activations`

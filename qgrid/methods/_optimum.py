@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qgrid import calibration, gptq_kernels
+from qgrid import calibration
 from qgrid.contracts import Built, Unsupported
+from qgrid.libraries import gptq_kernels
 from qgrid.methods import _checkpoint
 from qgrid.methods import _gptqmodel as native
 from qgrid.methods import _packed as packed

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from pydantic import PositiveInt
 
-from qgrid import models, widths
+from qgrid import models
 from qgrid.methods import _checkpoint
 from qgrid.methods import _llmcompressor as llmc
+from qgrid.planning import widths
 from qgrid.types import Cell, MethodSupport
 
 Scheme = Literal["W2A16", "W3A16", "W4A16", "W8A16", "W4A16_ASYM"]  # presets of the library

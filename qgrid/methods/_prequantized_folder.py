@@ -12,13 +12,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import estimate, headers, inspection, models, published
+from qgrid import models, published
 from qgrid.contracts import Built, Unreachable, Unsupported
-from qgrid.fingerprint import fingerprint
 from qgrid.methods import _checkpoint
 from qgrid.methods import _prequantized_places as places
+from qgrid.planning import estimate
 from qgrid.published import Description, Unreadable
 from qgrid.types import Cell, Check, MethodSupport, Model
+from qgrid.weights import headers, inspection
+from qgrid.weights.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +126,7 @@ def checks(folder: Path, cell: Cell) -> Sequence[Check]:
 
 def load(folder: Path, arguments: Mapping[str, Any]) -> Any:
     """The model of an artifact: by its own kind's loader, or transformers alone."""
-    from qgrid import loading
+    from qgrid.libraries import loading
 
     config = published.read(folder)
     own = getattr(published.family(config), "load", None)

@@ -6,11 +6,12 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from qgrid import headers, hub, models, published
+from qgrid import hub, models, published
 from qgrid.contracts import Unreachable, Unsupported
 from qgrid.methods import _checkpoint
 from qgrid.published import Config, Unreadable
 from qgrid.types import Model
+from qgrid.weights import headers
 
 _WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # what transformers looks for
 

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qgrid import device, inspection
+from qgrid import device
 from qgrid.contracts import Unsupported
 from qgrid.gguf import audit, blocks, convert, layers, parity, quantization
 from qgrid.gguf import file as gguf_file
 from qgrid.gguf.types import FILE_TYPES
 from qgrid.methods import _checkpoint
 from qgrid.types import Cell, Check
+from qgrid.weights import inspection
 
 BITS = tuple(blocks.TYPES)
 _FILE = "model.gguf"

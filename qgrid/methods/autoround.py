@@ -20,13 +20,15 @@ from typing import Any, Literal
 
 from pydantic import PositiveInt
 
-from qgrid import calibration, gptq_kernels, models, widths
+from qgrid import calibration, models
 from qgrid.contracts import Built, Unsupported
 from qgrid.gguf import PACKAGES as GGUF_PACKAGES
+from qgrid.libraries import gptq_kernels
 from qgrid.methods import _checkpoint
 from qgrid.methods import _gptqmodel as native
 from qgrid.methods import _packed as packed
 from qgrid.methods import _tuned_gguf as tuned_gguf
+from qgrid.planning import widths
 from qgrid.published.native import PACKAGES as NATIVE_PACKAGES
 from qgrid.types import Cell, Check, MethodSupport
 

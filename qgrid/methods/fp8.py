@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qgrid import models, widths
+from qgrid import models
 from qgrid.contracts import Built
 from qgrid.methods import _checkpoint
 from qgrid.methods import _llmcompressor as llmc
+from qgrid.planning import widths
 from qgrid.types import Cell, MethodSupport
 
 SUPPORTS = MethodSupport(

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from qgrid import inspection, models, widths
+from qgrid import models
 from qgrid.methods import _checkpoint, _layerwise
 from qgrid.methods import _packed as packed
+from qgrid.planning import widths
 from qgrid.types import MethodSupport
+from qgrid.weights import inspection
 
 if TYPE_CHECKING:
     from qgrid.contracts import Built

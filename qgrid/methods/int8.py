@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import NonNegativeFloat
 
-from qgrid import widths
 from qgrid.contracts import Built
 from qgrid.methods import _bitsandbytes as bnb
+from qgrid.planning import widths
 from qgrid.published.bitsandbytes import PACKAGES
 from qgrid.types import Cell, MethodSupport
 

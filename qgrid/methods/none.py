@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qgrid import inspection, models
+from qgrid import models
 from qgrid.contracts import Built, Unsupported
 from qgrid.methods import _checkpoint
 from qgrid.types import Cell, MethodSupport
+from qgrid.weights import inspection
 
 if TYPE_CHECKING:
     import torch

@@ -14,9 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qgrid import inspection, quanto_library, widths
+from qgrid.libraries import quanto_library
 from qgrid.methods import _layerwise
+from qgrid.planning import widths
 from qgrid.types import MethodSupport
+from qgrid.weights import inspection
 
 if TYPE_CHECKING:
     from qgrid.contracts import Built

@@ -15,10 +15,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from qgrid import inspection, widths
 from qgrid.contracts import Built
 from qgrid.methods import _llmcompressor as llmc
+from qgrid.planning import widths
 from qgrid.types import Cell, Check, MethodSupport
+from qgrid.weights import inspection
 
 SUPPORTS = MethodSupport(
     bits=(8,),

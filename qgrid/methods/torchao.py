@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qgrid import device, widths
+from qgrid import device
 from qgrid.contracts import Built
 from qgrid.methods import _checkpoint, _layerwise
+from qgrid.planning import widths
 from qgrid.types import MethodSupport
 
 if TYPE_CHECKING:

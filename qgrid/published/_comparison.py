@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qgrid import ends, inspection, layouts, models, phrases
+from qgrid import layouts, models, phrases
 from qgrid.published import Config
 from qgrid.published._layers import Layers, block
 from qgrid.published._reading import Tensors
 from qgrid.types import Check
+from qgrid.weights import ends, inspection
 
 _BLOCKS = 4  # whose layers are decoded, from the first to the last
 _COMPUTED = re.compile(r"(?:\.inv_freq|\.masked_bias|\.attn\.bias)$")

@@ -8,8 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import headers, layouts
+from qgrid import layouts
 from qgrid.types import Tensor
+from qgrid.weights import headers
 
 if TYPE_CHECKING:
     import numpy as np

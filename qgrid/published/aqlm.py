@@ -72,7 +72,7 @@ def load(folder: Path, arguments: Mapping[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
-    from qgrid import loading
+    from qgrid.libraries import loading
 
     config = AutoConfig.from_pretrained(folder)
     told = config.quantization_config

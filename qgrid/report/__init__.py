@@ -59,7 +59,8 @@ def rewrite(store: Path, name: str | None) -> int:
 
     Without a name it is the sweep that was planned last.
     """
-    from qgrid import records, sweep
+    from qgrid import sweep
+    from qgrid.store import records
 
     folders = [path.parent for path in (store / "sweeps").glob("*/plan.jsonl")]
     chosen = [folder for folder in folders if name in (None, folder.name)]

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from qgrid import adapters, codec
+from qgrid import codec
+from qgrid.lora import adapters
 from qgrid.types import Cell
 
 ALWAYS = ("method", "bits")

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qgrid import adapters, models, registry
+from qgrid import models, registry
 from qgrid.calibration import calibration_identity
 from qgrid.envs import locks
 from qgrid.files import HashCache
+from qgrid.lora import adapters
 from qgrid.reproduction.lock import Hashes, Inputs, Parts
 from qgrid.types import Calibration, Cell, DeviceKind, Method, Model, Slices
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qgrid import adapters, codec, models
+from qgrid import codec, models
+from qgrid.lora import adapters
 from qgrid.reproduction.lock import Composition, Parts
 from qgrid.types import Calibration, Cell, Model, PlannedCell, Slices
 

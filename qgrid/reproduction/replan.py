@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from qgrid import codec, plan, registry
-from qgrid.facts import AUTO, Facts
+from qgrid import codec, registry
 from qgrid.files import HashCache
+from qgrid.planning import plan
+from qgrid.planning.facts import AUTO, Facts
 from qgrid.reproduction import parts
 from qgrid.reproduction.lock import Lock, Parts, is_described
 from qgrid.types import Method, PlannedCell, Runtime

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import adapter_fit, adapters, gptq_kernels, merging, models, registry
+from qgrid import models, registry
 from qgrid.contracts import InvalidEngine, Unsupported
 from qgrid.device import compute_threads
+from qgrid.libraries import gptq_kernels
+from qgrid.lora import adapter_fit, adapters, merging
 from qgrid.runtimes import _linears, _storage
 
 if TYPE_CHECKING:

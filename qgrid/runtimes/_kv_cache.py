@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qgrid import quanto_library
+from qgrid.libraries import quanto_library
 from qgrid.types import Check
 
 if TYPE_CHECKING:

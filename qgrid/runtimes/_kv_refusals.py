@@ -57,7 +57,7 @@ def _refused_options(cell: Cell, asked: Quantization) -> str | None:
 
 
 def _refused_package(asked: Quantization) -> str | None:
-    from qgrid.facts import missing
+    from qgrid.planning.facts import missing
 
     absent = missing((_PACKAGES[asked.backend],))
     return None if absent is None else f"`runtime.cache_backend={asked.backend}` {absent}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from qgrid import gptq_kernels
+from qgrid.libraries import gptq_kernels
 from qgrid.runtimes import _linears, _storage
 from qgrid.types import Check
 

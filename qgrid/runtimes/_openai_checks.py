@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qgrid.contracts import InvalidEngine
-from qgrid.fingerprint import PROBES
 from qgrid.runtimes import _openai_rows as rows
 from qgrid.runtimes._openai_client import COMPLETIONS
 from qgrid.serving.failures import RequestFailed
 from qgrid.types import Check
+from qgrid.weights.fingerprint import PROBES
 
 if TYPE_CHECKING:
     from qgrid.measure.encoding import Encoder

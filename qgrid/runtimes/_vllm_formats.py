@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from qgrid import device, widths
+from qgrid import device
 from qgrid.contracts import Unsupported
+from qgrid.planning import widths
 from qgrid.runtimes._vllm_settings import CUDA_KERNELS, W4A8, Options
 
 if TYPE_CHECKING:

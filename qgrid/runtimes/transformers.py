@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import PositiveInt
 
-from qgrid import gptq_kernels, registry
+from qgrid import registry
 from qgrid.contracts import Generation, Memory, Scores, Unsupported
+from qgrid.libraries import gptq_kernels
 from qgrid.runtimes import (
     _checkpoint_model,
     _kv_cache,
@@ -47,7 +48,7 @@ class Options:
     """Options of this runtime."""
 
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
-    kernel: str = gptq_kernels.AUTO  # of a native checkpoint; see `qgrid.gptq_kernels`
+    kernel: str = gptq_kernels.AUTO  # of a native checkpoint; see `qgrid.libraries.gptq_kernels`
     cache_backend: Literal["auto", "hqq", "quanto"] = "auto"  # of a quantized KV cache, as the rest
     cache_group_size: PositiveInt = 32
     residual_length: PositiveInt = 128

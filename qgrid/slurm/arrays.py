@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+from qgrid.running.tasks import Task
 from qgrid.slurm.options import Options, features, name
 from qgrid.slurm.script import Resources, UnsafeValue
-from qgrid.tasks import Task
 from qgrid.types import Gpu, Limits, PlannedCell
 
 Wave = Literal["builds", "baselines", "cells"]

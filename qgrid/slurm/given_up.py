@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qgrid import assembly, attempts, endings, environment, leases, records
+from qgrid import environment
+from qgrid.running import assembly, attempts, endings
 from qgrid.slurm import submissions
 from qgrid.slurm.client import TaskState
 from qgrid.slurm.submissions import Submission
+from qgrid.store import leases, records
 from qgrid.types import Failure, PlannedCell, Status
 
 

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qgrid import leases
 from qgrid.queued import Standing
 from qgrid.slurm import client, script, submissions
 from qgrid.slurm.client import TaskState
 from qgrid.slurm.submissions import Submission
-from qgrid.store import place
+from qgrid.store import leases, place
 
 UNKNOWN = "GONE"  # it has left the queue, and nobody keeps accounts
 

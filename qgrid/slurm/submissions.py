@@ -15,10 +15,10 @@ from pathlib import Path
 
 from qgrid import codec
 from qgrid.files import write_atomic
-from qgrid.launch import LAUNCHES
+from qgrid.running.launch import LAUNCHES
+from qgrid.running.tasks import Task, TaskList
 from qgrid.slurm import client, script
 from qgrid.slurm.arrays import Wave
-from qgrid.tasks import Task, TaskList
 
 _ARRAY = re.compile(r"[0-9]{3,}-(builds|baselines|cells)")
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qgrid import leases
-from qgrid.expected import Expected
+from qgrid.running.expected import Expected
+from qgrid.running.tasks import TaskList
 from qgrid.slurm import arrays, client, queue, script, submissions
 from qgrid.slurm.arrays import Array
 from qgrid.slurm.options import Options
 from qgrid.slurm.queue import Look
 from qgrid.slurm.submissions import Submission
 from qgrid.slurm.wanted import Wanted
-from qgrid.tasks import TaskList
+from qgrid.store import leases
 from qgrid.types import PlannedCell, Settings
 
 

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qgrid import codec, leases, tasks
+from qgrid import codec
+from qgrid.running import tasks
 from qgrid.slurm import client
+from qgrid.store import leases
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

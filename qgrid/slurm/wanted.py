@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from qgrid import artifacts, glance, records, timing
-from qgrid import launch as launches
-from qgrid.decisions import UNCOMPARED, UNRUN
+from qgrid import timing
+from qgrid.running import launch as launches
+from qgrid.running.decisions import UNCOMPARED, UNRUN
+from qgrid.store import glance, records
 from qgrid.types import FINAL, RECORD_SCHEMA, PlannedCell, Settings
+from qgrid.weights import artifacts
 
 
 class Wanted:

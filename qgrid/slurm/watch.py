@@ -11,18 +11,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qgrid import (
-    codec,
-    commands,
-    controller,
-    leases,
-    records,
-    stopping,
-)
-from qgrid import launch as launches
+from qgrid import codec
 from qgrid import sweep as sweeps
-from qgrid.controller import INTERRUPTED, UNREADABLE
-from qgrid.progress import Progress
+from qgrid.running import controller, stopping
+from qgrid.running import launch as launches
+from qgrid.running.controller import INTERRUPTED, UNREADABLE
+from qgrid.running.progress import Progress
 from qgrid.slurm import client, given_up, script, submissions
 from qgrid.slurm.ends import Ends
 from qgrid.slurm.options import Options
@@ -30,9 +24,10 @@ from qgrid.slurm.queue import Look
 from qgrid.slurm.submissions import Submission
 from qgrid.slurm.submitting import Sweep, submit
 from qgrid.slurm.wanted import Wanted
-from qgrid.store import place
+from qgrid.store import leases, place, records
 from qgrid.store.aside import readable
 from qgrid.types import PlannedCell, Settings
+from qgrid.verbs import commands
 
 REFUSED = 2  # exit code: Slurm takes no job as it was asked
 LOOKS = 2  # that must miss a task before it counts as gone: a record may show late

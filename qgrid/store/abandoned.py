@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from qgrid import leases
+from qgrid.store import leases
 
 _LOOKS = 60  # at a silent owner until it counts as dead
 

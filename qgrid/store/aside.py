@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from qgrid import records
+from qgrid.store import records
 from qgrid.types import PlannedCell, Record
 
 FOLDER = "set_aside"

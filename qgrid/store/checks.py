@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qgrid import artifacts, codec, glance, verification
+from qgrid import codec
 from qgrid.files import sha256
+from qgrid.store import glance
 from qgrid.types import RECORD_SCHEMA, Manifest, PlannedCell, Record, Settings, StageResult
+from qgrid.weights import artifacts, verification
 
 Remedy = Literal["set aside", "remove", "leave"]
 

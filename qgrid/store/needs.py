@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qgrid import codec, glance, leases
+from qgrid import codec
+from qgrid.store import glance, leases
 from qgrid.types import PlannedCell
 
 NEVER_RAN = ("unsupported", "does_not_fit")  # statuses of cells that have no artifact of their own

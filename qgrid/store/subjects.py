@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qgrid import leases, records
-from qgrid.store import checks
+from qgrid.store import checks, leases, records
 from qgrid.store.checks import Broken, Fault
 
 _ASIDE = re.compile(r"\.(?P<name>.+)\.(?:[a-z0-9_]{8}|old)")  # as `files` names what it writes

@@ -24,8 +24,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from qgrid import stats, worker
+from qgrid import stats
 from qgrid.gguf import log
+from qgrid.running import worker
 from qgrid.runtimes import llama_cpp as runtime
 from qgrid.types import Cell, Gpu, KvCache, Method, Model, Runtime, Slices, Workload
 from tests.runtimes import random_gguf

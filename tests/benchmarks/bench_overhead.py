@@ -22,7 +22,9 @@ BUDGET_SECONDS = 0.3
 
 def main(count: int) -> int:
     sys.path[:0] = [str(ROOT)]
-    from qgrid import controller, device, records
+    from qgrid import device
+    from qgrid.running import controller
+    from qgrid.store import records
     from qgrid.types import Method, Model, Runtime, Workload
     from tests import conftest, faults
 

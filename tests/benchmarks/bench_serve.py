@@ -31,10 +31,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from qgrid import demo, processes, stats
+from qgrid import demo, stats
 from qgrid.contracts import Endpoint
 from qgrid.measure._vocabulary import vocabulary
 from qgrid.measure.bystanders import Bystanders
+from qgrid.running import processes
 from qgrid.serving.http_driver import HttpDriver
 from qgrid.serving.schedule import Load, Run
 from qgrid.serving.summary import summary

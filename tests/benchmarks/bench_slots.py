@@ -27,7 +27,8 @@ METRICS = ("decode_throughput", "prefill_throughput")
 
 def main(rounds: int) -> int:
     sys.path[:0] = [str(ROOT)]
-    from qgrid import controller, records, slots
+    from qgrid.running import controller, slots
+    from qgrid.store import records
     from qgrid.types import Method, Prose, Runtime, Slices, Workload
     from tests import conftest, faults
 

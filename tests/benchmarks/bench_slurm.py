@@ -23,7 +23,7 @@ ARTIFACTS = (16, 8, 4, 3, 2)
 
 def main(count: int) -> int:
     sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "plugins")]
-    from qgrid import records
+    from qgrid.store import records
     from tests.drills import trivial
     from tests.slurm import cluster, grids
 

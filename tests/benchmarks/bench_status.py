@@ -53,7 +53,7 @@ def main(count: int) -> int:
 
 def _measure_one(aside: Path, store: Path, cell_ids: Sequence[str]) -> None:
     """Run one cell in a store aside; copy its record to four fifths of the cells of `store`."""
-    from qgrid import records
+    from qgrid.store import records
     from tests.drills import running, trivial
 
     folder, cells = trivial.write([trivial.choice(16)], aside)

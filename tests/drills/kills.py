@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qgrid import records
+from qgrid.store import records
 from qgrid.types import Choice, PlannedCell
 from tests.drills import running, same, trivial
 from tests.drills.running import Running

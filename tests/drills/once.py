@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from qgrid import codec, records
+from qgrid import codec
+from qgrid.store import records
 from qgrid.types import PlannedCell
 from tests.drills import trivial
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qgrid import records
+from qgrid.store import records
 from qgrid.types import PlannedCell
 
 MOMENTARY_METRICS = {"peak_memory_bytes", "busy_elsewhere"}  # of a process; the rest is told

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qgrid import records
 from qgrid.files import write_atomic
+from qgrid.store import records
 from qgrid.types import Limits
 from tests.drills import elsewhere, running, same, trivial
 from tests.drills.once import assert_each_once, begun

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qgrid import codec, records
+from qgrid import codec
+from qgrid.store import records
 from qgrid.types import Choice, PlannedCell
 from tests.drills import kills, running, same, trivial
 from tests.drills.running import Running, launching

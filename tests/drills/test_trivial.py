@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qgrid import codec, records
+from qgrid import codec
+from qgrid.store import records
 from qgrid.types import PlannedCell, Record
 from tests.drills import running, same, trivial
 from tests.drills.trivial import choice

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from qgrid import plan, registry, sweep
-from qgrid.facts import Facts
+from qgrid import registry, sweep
 from qgrid.files import HashCache
+from qgrid.planning import plan
+from qgrid.planning.facts import Facts
 from qgrid.types import (
     Calibration,
     Choice,

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from qgrid import device, environment, facts
+from qgrid import device, environment
 from qgrid.envs import construct, locks, recipes
 from qgrid.envs.builds import Build
 from qgrid.envs.recipes import Recipe
 from qgrid.envs.screen import Screen
+from qgrid.planning import facts
 
 NAME = "small"
 KIND = device.describe().kind

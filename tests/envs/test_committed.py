@@ -49,14 +49,14 @@ def test_a_built_environment_imports_what_it_is_for(found: Found) -> None:
 def test_a_worker_of_it_can_import_every_stage_and_needs_nothing_of_the_main_one(
     found: Found, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    from qgrid import interpreters
+    from qgrid.running import interpreters
 
     recipe, build = found
     main_only = ("hydra", "omegaconf", "wandb", "plotly", "llmcompressor", "datasets")
     code = (
         "import importlib, pkgutil, sys, qgrid\n"
         f"for name in {main_only}: sys.modules[name] = None\n"
-        "from qgrid import worker, preload\n"
+        "from qgrid.running import worker, preload\n"
         "for module in preload.MODULES['qgrid']: importlib.import_module(module)\n"
         "for kind in ('methods', 'runtimes', 'measure', 'serving'):\n"
         "    package = importlib.import_module(f'qgrid.{kind}')\n"

@@ -11,19 +11,15 @@ from pathlib import Path
 import pytest
 
 import qgrid
-from qgrid import (
-    doctor,
-    endings,
-    environment,
-    facts,
-    interpreters,
-    processes,
-    records,
-    verification,
-)
+from qgrid import environment
 from qgrid.envs.builds import Build
+from qgrid.planning import facts
+from qgrid.running import endings, interpreters, processes
+from qgrid.running.worker import FINGERPRINT
+from qgrid.store import records
 from qgrid.types import DeviceKind, Job, MethodSupport
-from qgrid.worker import FINGERPRINT
+from qgrid.verbs import doctor
+from qgrid.weights import verification
 from tests import faults
 from tests.envs.conftest import KIND, NAME, forget
 
@@ -164,7 +160,7 @@ def test_what_is_missing_is_told_with_the_command_that_builds_it(
 
 def test_planning_with_another_environment_imports_nothing_heavy(built: Build) -> None:
     code = (
-        "import sys; from qgrid import facts, doctor; "
+        "import sys; from qgrid.planning import facts; from qgrid.verbs import doctor; "
         f"assert facts.missing(('qgrid-small',), {NAME!r}, {KIND!r}) is None; "
         "doctor.render({}); "
         "heavy = {'torch', 'transformers', 'numpy', 'qgrid_small'} & set(sys.modules); "

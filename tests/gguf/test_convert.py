@@ -18,8 +18,9 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qgrid import demo, inspection
+from qgrid import demo
 from qgrid.gguf import _library, convert
+from qgrid.weights import inspection
 from tests.gguf import checkpoints
 
 IDS = [(i * i + 7 * i) % 900 for i in range(200)]

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from qgrid import codec, plan, registry
+from qgrid import codec, registry
+from qgrid.planning import plan
 from qgrid.runtimes import transformers as runtime
 from qgrid.types import Calibration, Cell, Method, Model
 from tests import jobs

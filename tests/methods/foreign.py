@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from qgrid import artifacts, codec, inspection, models, registry
+from qgrid import codec, models, registry
 from qgrid.types import Cell, Job
+from qgrid.weights import artifacts, inspection
 from tests import jobs
 
 Values = np.ndarray[Any, Any]

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qgrid import artifacts, inspection, loading
 from qgrid.contracts import InvalidEngine, Unsupported
 from qgrid.files import HashCache
+from qgrid.libraries import loading
 from qgrid.methods import _checkpoint, aqlm
 from qgrid.runtimes import transformers as runtime
 from qgrid.types import Cell, Job
+from qgrid.weights import artifacts, inspection
 from tests import jobs
 from tests.conftest import write_model, write_tokenizer
 from tests.methods import foreign

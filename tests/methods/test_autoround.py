@@ -18,11 +18,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from qgrid import artifacts, inspection
 from qgrid.gguf import blocks, convert, quantization
 from qgrid.methods import autoround
 from qgrid.runtimes import llama_cpp
 from qgrid.types import Cell, Runtime
+from qgrid.weights import artifacts, inspection
 from tests import jobs
 from tests.methods import checkpoints, decoding, unpacking
 from tests.methods.checkpoints import CALIBRATION, MODEL, Made

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qgrid import artifacts, inspection
 from qgrid.methods import fp8, smoothquant
 from qgrid.runtimes import transformers as runtime
 from qgrid.types import Cell
+from qgrid.weights import artifacts, inspection
 from tests import jobs
 from tests.conftest import write_model, write_tokenizer
 from tests.methods import checkpoints

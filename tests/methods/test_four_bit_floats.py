@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qgrid import artifacts, calibration, inspection, registry
+from qgrid import calibration, registry
 from qgrid.methods import _checkpoint
 from qgrid.runtimes import transformers as runtime
 from qgrid.types import Cell
+from qgrid.weights import artifacts, inspection
 from tests import jobs
 from tests.conftest import write_model, write_tokenizer
 from tests.methods import checkpoints

@@ -15,13 +15,14 @@ import gguf as reference
 import numpy as np
 import pytest
 
-from qgrid import artifacts, codec, inspection, registry
-from qgrid.artifacts import BadArtifact
+from qgrid import codec, registry
 from qgrid.contracts import InvalidEngine, Unsupported
 from qgrid.gguf import convert, file, layers, quantization
 from qgrid.gguf.types import FILE_TYPES
 from qgrid.methods import gguf
 from qgrid.types import Cell, StageResult
+from qgrid.weights import artifacts, inspection
+from qgrid.weights.artifacts import BadArtifact
 from tests import jobs
 from tests.conftest import write_model, write_tokenizer
 from tests.gguf.rewriting import Tensors, rewritten

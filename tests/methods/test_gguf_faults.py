@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qgrid import artifacts, models
+from qgrid import models
 from qgrid.files import HashCache
 from qgrid.gguf import convert, file, quantization
 from qgrid.methods import gguf
 from qgrid.types import Cell, Check, Job
+from qgrid.weights import artifacts
 from tests import jobs
 from tests.conftest import write_model, write_tokenizer
 from tests.methods.gguf_jobs import failed, job, options

@@ -12,9 +12,11 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from qgrid import artifacts, loading, registry
+from qgrid import registry
 from qgrid.contracts import Unsupported
+from qgrid.libraries import loading
 from qgrid.types import Cell
+from qgrid.weights import artifacts
 from tests import jobs
 from tests.conftest import write_model, write_tokenizer
 

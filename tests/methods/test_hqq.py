@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from qgrid import artifacts, inspection, widths
 from qgrid.contracts import Unsupported
 from qgrid.methods import hqq
+from qgrid.planning import widths
 from qgrid.types import Cell
+from qgrid.weights import artifacts, inspection
 from tests import jobs
 from tests.conftest import write_model, write_tokenizer
 from tests.methods import checkpoints, decoding

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qgrid import artifacts, inspection, registry
-from qgrid.artifacts import BadArtifact
+from qgrid import registry
 from qgrid.contracts import InvalidEngine, Unsupported
 from qgrid.methods import _checkpoint, _layerwise
 from qgrid.types import Cell
+from qgrid.weights import artifacts, inspection
+from qgrid.weights.artifacts import BadArtifact
 from tests import jobs
 from tests.conftest import write_model
 from tests.methods import decoding

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
-from qgrid import artifacts, codec, estimate, models, plan, registry
-from qgrid.artifacts import BadArtifact
+from qgrid import codec, models, registry
 from qgrid.contracts import Built, Unsupported
 from qgrid.files import HashCache
 from qgrid.methods import _checkpoint, _packed
+from qgrid.planning import estimate, plan
 from qgrid.types import Cell, Method, StageResult
+from qgrid.weights import artifacts
+from qgrid.weights.artifacts import BadArtifact
 from tests import jobs
 
 OWN = ("none", "rtn", "gptq", "awq", "nf4", "int8", "smoothquant", "fp8")
@@ -254,7 +256,7 @@ def test_importing_methods_imports_no_library() -> None:
     names = [f"qgrid.methods.{name}" for name in OWN]
     code = (
         f"import importlib, json, sys; [importlib.import_module(n) for n in {names!r}]\n"
-        "import qgrid.artifacts, qgrid.calibration\n"
+        "import qgrid.weights.artifacts, qgrid.calibration\n"
         "print(json.dumps(sorted({'torch', 'transformers', 'llmcompressor', 'datasets'}"
         " & set(sys.modules))))"
     )

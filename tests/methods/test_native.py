@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from qgrid import artifacts, inspection, legality, registry
-from qgrid.artifacts import BadArtifact
+from qgrid import registry
 from qgrid.files import HashCache
 from qgrid.methods import _checkpoint
+from qgrid.planning import legality
 from qgrid.types import Cell, Method, StageResult
+from qgrid.weights import artifacts, inspection
+from qgrid.weights.artifacts import BadArtifact
 from tests import jobs
 from tests.methods import checkpoints, unpacking
 from tests.methods.checkpoints import CALIBRATION, MODEL, Made

@@ -10,13 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qgrid import artifacts, baseline, choices, config, inspection, plan
+from qgrid import config
 from qgrid.contracts import Unsupported
-from qgrid.facts import Facts
 from qgrid.files import HashCache
 from qgrid.methods import none
+from qgrid.planning import baseline, choices, plan
+from qgrid.planning.facts import Facts
 from qgrid.runtimes import transformers as runtime
 from qgrid.types import Cell, Job, Method
+from qgrid.weights import artifacts, inspection
 from tests import jobs
 from tests.conftest import write_model, write_tokenizer
 from tests.runtimes.passes import plain

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from qgrid import artifacts, codec
-from qgrid.artifacts import BadArtifact
+from qgrid import codec
 from qgrid.contracts import InvalidEngine, Unreachable, Unsupported
 from qgrid.files import HashCache, sha256
 from qgrid.gguf import convert, quantization
 from qgrid.methods import prequantized
 from qgrid.types import Cell, Check, Job, StageResult
+from qgrid.weights import artifacts
+from qgrid.weights.artifacts import BadArtifact
 from tests import jobs
 from tests.conftest import write_model, write_tokenizer
 from tests.gguf.rewriting import rewritten

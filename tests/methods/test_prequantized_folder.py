@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qgrid import artifacts, inspection, models, published
-from qgrid.artifacts import BadArtifact
+from qgrid import models, published
 from qgrid.contracts import Unreachable, Unsupported
 from qgrid.files import HashCache
 from qgrid.methods import _checkpoint, prequantized
@@ -23,6 +22,8 @@ from qgrid.published import Layer
 from qgrid.published._reading import Tensors
 from qgrid.runtimes import transformers as runtime
 from qgrid.types import Cell, Job, Model
+from qgrid.weights import artifacts, inspection
+from qgrid.weights.artifacts import BadArtifact
 from tests import jobs
 from tests.conftest import write_model, write_tokenizer
 from tests.methods import foreign, unpacking

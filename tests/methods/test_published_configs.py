@@ -12,12 +12,14 @@ import httpx
 import pytest
 from huggingface_hub import errors
 
-from qgrid import legality, models, published, stages
+from qgrid import models, published
 from qgrid.contracts import Unreachable, Unsupported
-from qgrid.facts import Facts
 from qgrid.files import HashCache
 from qgrid.methods import _prequantized_places, prequantized
+from qgrid.planning import legality
+from qgrid.planning.facts import Facts
 from qgrid.published import Unreadable, _settings
+from qgrid.running import stages
 from qgrid.types import Cell, Method
 from tests.methods import foreign
 

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from qgrid import artifacts, inspection, quanto_library, registry, widths
+from qgrid import registry
+from qgrid.libraries import quanto_library
 from qgrid.methods import quanto
+from qgrid.planning import widths
 from qgrid.types import Cell, Method
+from qgrid.weights import artifacts, inspection
 from tests import jobs
 from tests.methods import checkpoints, decoding
 from tests.methods.checkpoints import MODEL, Made

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import Console
 
-from qgrid import codec, files, records, report
+from qgrid import codec, files, report
 from qgrid.report import axes, flat, html, markdown, rows, screen, sheet
+from qgrid.store import records
 from qgrid.types import Failure, KvCache, Measurement
 
 if TYPE_CHECKING:

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from qgrid import baseline, codec, device
+from qgrid import codec, device
 from qgrid.contracts import InvalidEngine
 from qgrid.gguf import file as gguf_file
 from qgrid.gguf.types import BY_NUMBER, FILE_TYPES
+from qgrid.planning import baseline
 from qgrid.runtimes import _llama_kernels as kernels
 from qgrid.runtimes import llama_cpp as runtime
 from qgrid.runtimes._llama_figures import ModelFigures

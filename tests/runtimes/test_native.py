@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qgrid import gptq_kernels, registry
+from qgrid import registry
 from qgrid.contracts import Unsupported
+from qgrid.libraries import gptq_kernels
 from qgrid.runtimes import transformers as runtime
 from qgrid.types import Cell, Gpu, KvCache, Method, Model
 from tests import jobs

@@ -14,10 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import QuantoQuantizedLayer
 
-from qgrid import baseline, registry
+from qgrid import registry
 from qgrid.contracts import Unsupported
 from qgrid.demo import MODEL_DIR, SLICES_DIR
 from qgrid.measure import prose
+from qgrid.planning import baseline
 from qgrid.runtimes import _kv_cache
 from qgrid.runtimes import transformers as runtime
 from qgrid.runtimes._kv_cache import Quantization

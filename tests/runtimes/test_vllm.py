@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qgrid import codec, demo, legality, registry
+from qgrid import codec, demo, registry
+from qgrid.planning import legality
 from qgrid.runtimes import vllm as runtime
 from qgrid.runtimes._batches import CHUNK_ROWS
 from qgrid.types import Cell, Gpu, KvCache, Method, Runtime

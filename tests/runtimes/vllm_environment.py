@@ -6,7 +6,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from qgrid import codec, interpreters
+from qgrid import codec
+from qgrid.running import interpreters
 from qgrid.types import Cell
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qgrid.worker import die_with, kill_group
+from qgrid.running.worker import die_with, kill_group
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from qgrid import interpreters, models
+from qgrid import models
+from qgrid.running import interpreters
 from qgrid.types import Model
 from tests.servers import processes
 from tests.servers.processes import Served

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qgrid import codec, device, records
+from qgrid import codec, device
+from qgrid.store import records
 from qgrid.types import Choice, Gpu, PlannedCell
 from tests.drills import trivial
 from tests.drills.running import Running, started

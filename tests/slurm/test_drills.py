@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from qgrid import codec, records
+from qgrid import codec
+from qgrid.store import records
 from qgrid.types import Choice, PlannedCell
 from tests.drills import same, trivial
 from tests.drills.running import Running
@@ -225,7 +226,7 @@ def test_the_time_limit_ends_in_a_status(drill: Drill, slurm: Slurm) -> None:
 # --- processes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["qgrid.slurm.task", "qgrid.worker"])
+@pytest.mark.parametrize("module", ["qgrid.slurm.task", "qgrid.running.worker"])
 def test_a_process_of_a_task_is_killed(
     drill: Drill, slurm: Slurm, undisturbed: Path, module: str
 ) -> None:

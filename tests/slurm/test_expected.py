@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from qgrid import assembly, expected, records
-from qgrid.expected import Expected
+from qgrid.running import assembly, expected
+from qgrid.running.expected import Expected
+from qgrid.store import records
 from qgrid.types import Cell, Gpu, Measurement, Method, Model, PlannedCell
 
 H100 = Gpu("h100", "cuda", "H100", "sm_90", 80.0, 3350.0, 1)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qgrid import codec, launchers, records, sweep
+from qgrid import codec, launchers, sweep
 from qgrid.slurm import submissions
+from qgrid.store import records
 from qgrid.types import Gpu, Method, PlannedCell, Runtime
 from tests.drills import same, trivial
 from tests.drills.running import finish as finish_here

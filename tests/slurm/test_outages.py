@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from qgrid import codec, leases, records, status, tasks
+from qgrid import codec
 from qgrid import sweep as sweeps
 from qgrid.queued import Standing
+from qgrid.running import tasks
+from qgrid.running.tasks import Task, TaskList
 from qgrid.slurm import ends, queue, submissions
 from qgrid.slurm.client import TaskState
 from qgrid.slurm.queue import Look
 from qgrid.slurm.submissions import Submission
-from qgrid.tasks import Task, TaskList
+from qgrid.store import leases, records
 from qgrid.types import PlannedCell
+from qgrid.verbs import status
 from tests.drills import trivial
 from tests.slurm import grids
 from tests.slurm.cluster import Layout, Slurm

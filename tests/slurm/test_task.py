@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from qgrid import codec, leases, records, tasks
+from qgrid import codec
+from qgrid.running import tasks
+from qgrid.running.tasks import Task, TaskList
 from qgrid.slurm import client, task
-from qgrid.tasks import Task, TaskList
+from qgrid.store import leases, records
 from qgrid.types import PlannedCell
 from tests.drills import trivial
 

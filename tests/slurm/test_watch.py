@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from qgrid import codec, launchers, records
-from qgrid import launch as launches
+from qgrid import codec, launchers
 from qgrid import sweep as sweeps
+from qgrid.running import launch as launches
 from qgrid.slurm import client, queue, submissions, watch
 from qgrid.slurm.options import Options
 from qgrid.slurm.wanted import Wanted
+from qgrid.store import records
 from qgrid.types import PlannedCell, Record
 from tests.drills import trivial
 from tests.slurm import grids

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qgrid import gptq_kernels
 from qgrid.layouts import native as layout
+from qgrid.libraries import gptq_kernels
 from qgrid.runtimes._linears import Kernel, Stored
 
 FORMATS = layout.FORMATS

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from qgrid import interpreters, registry
+from qgrid import registry
 from qgrid.methods import gguf
+from qgrid.running import interpreters
 from qgrid.runtimes import _openai_client as client
 from qgrid.runtimes import openai
 from qgrid.runtimes._openai_engine import Remote

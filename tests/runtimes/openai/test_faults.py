@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from qgrid import stages
 from qgrid.measure import quality
 from qgrid.measure.encoding import Encoder
+from qgrid.running import stages
 from qgrid.runtimes._openai_client import ServerLost
 from qgrid.runtimes._openai_engine import Remote
 from qgrid.runtimes._openai_probe import PROBE

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from qgrid import stages
 from qgrid.measure import speed
+from qgrid.running import stages
 from qgrid.runtimes import _openai_client as client
 from qgrid.types import Workload
 from tests.servers import cells, processes

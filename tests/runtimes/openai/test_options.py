@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from qgrid import baseline, choices, codec, config, plan
+from qgrid import codec, config
 from qgrid.codec import InvalidValue
-from qgrid.facts import REMOTE, Facts
 from qgrid.files import HashCache
+from qgrid.planning import baseline, choices, plan
+from qgrid.planning.facts import REMOTE, Facts
 from qgrid.runtimes import openai
 from qgrid.types import Cell, PlannedCell, Price
 

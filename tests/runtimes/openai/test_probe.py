@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from qgrid import stages
 from qgrid.contracts import InvalidEngine, NoLogprobs, Unsupported
+from qgrid.running import stages
 from qgrid.runtimes._openai_client import ServerLost
 from qgrid.runtimes._openai_engine import Remote
 from tests.servers.faulty import Faulty

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
-from qgrid import artifacts, assembly, environment
-from qgrid.facts import REMOTE
+from qgrid import environment
 from qgrid.files import HashCache
-from qgrid.launch import Outcome
+from qgrid.planning.facts import REMOTE
+from qgrid.running import assembly
+from qgrid.running.launch import Outcome
 from qgrid.types import Cell, Gpu, PlannedCell
+from qgrid.weights import artifacts
 from tests.servers import cells
 
 

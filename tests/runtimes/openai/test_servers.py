@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from qgrid import models, stages
+from qgrid import models
 from qgrid.contracts import Engine, InvalidEngine, NoLogprobs
 from qgrid.measure import prose, quality, speed, truncated
 from qgrid.measure.encoding import Encoder
+from qgrid.running import stages
 from qgrid.runtimes import llama_cpp, openai
 from qgrid.runtimes import transformers as reference
 from qgrid.runtimes._openai_engine import Remote

@@ -1,0 +1,1 @@
+"""Libraries that need a hand before they do what they say."""

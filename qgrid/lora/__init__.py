@@ -1,0 +1,1 @@
+"""LoRA adapters: which one, does it fit, applied, and rightly."""

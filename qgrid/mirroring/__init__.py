@@ -1,0 +1,1 @@
+"""The W&B mirror of records, beside a sweep or replayed."""

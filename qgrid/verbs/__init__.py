@@ -1,0 +1,1 @@
+"""What `python -m qgrid VERB` does beside running a grid."""

@@ -1,0 +1,1 @@
+"""Folders of weights: built once, read without torch, checked before every use."""
