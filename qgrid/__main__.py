@@ -111,8 +111,8 @@ def _module(name: str) -> Callable[[list[str]], int]:
     """A verb whose module has a `main`."""
 
     def run(arguments: list[str]) -> int:
+        from qgrid import commands
         from qgrid.store import place
-        from qgrid.verbs import commands
 
         try:
             return int(importlib.import_module(name).main(arguments))
@@ -147,8 +147,8 @@ VERBS: dict[str | None, Callable[[list[str]], int]] = {
 
 def _on_sweep(verb: str, arguments: list[str], act: Callable[[Path, str | None], int]) -> int:
     """Run a verb that takes an optional sweep name and `out=FOLDER`."""
+    from qgrid import commands
     from qgrid.store import place
-    from qgrid.verbs import commands
 
     try:
         given = commands.parse(verb, arguments, "[SWEEP] [out=FOLDER]")

@@ -36,7 +36,7 @@ class MethodModule(Protocol):
     """A file of `qgrid/methods/` (or an entry point of the group `qgrid.methods`).
 
     A method whose library can give single layers a width of their own has an option `keep`, see
-    `qgrid.planning.widths`. It may also offer, all without torch:
+    `qgrid.weights.widths`. It may also offer, all without torch:
 
     * `support(options) -> MethodSupport`: what these options change of `SUPPORTS`, such as format
       and packages;

@@ -10,14 +10,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgrid import codec, config
+from qgrid import codec, commands, config
 from qgrid.files import HashCache, write_atomic
 from qgrid.planning import choices, plan
 from qgrid.planning.facts import Facts
 from qgrid.running import launch
 from qgrid.store import glance
 from qgrid.types import PlannedCell, Settings
-from qgrid.verbs import commands
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pydantic import PositiveInt
 
+from qgrid import commands
 from qgrid.running import launch as launches
-from qgrid.verbs import commands
 
 REMOTE = False
 LOG = "detached.log"

@@ -7,8 +7,8 @@ from typing import Any
 
 from qgrid.contracts import Built
 from qgrid.methods import _checkpoint
-from qgrid.planning import widths
 from qgrid.types import Cell
+from qgrid.weights import widths
 
 
 def quantize(cell: Cell, source: Path, out: Path, settings: dict[str, Any]) -> Built:

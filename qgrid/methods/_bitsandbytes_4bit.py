@@ -12,9 +12,9 @@ from typing import Any
 
 from qgrid.contracts import Built
 from qgrid.methods import _bitsandbytes as bnb
-from qgrid.planning import widths
 from qgrid.published import bitsandbytes as published
 from qgrid.types import Cell, Check, MethodSupport
+from qgrid.weights import widths
 
 _BITS = (4,)
 

@@ -18,9 +18,8 @@ from qgrid import models
 from qgrid.contracts import Built
 from qgrid.methods import _checkpoint
 from qgrid.methods import _llmcompressor as llmc
-from qgrid.planning import widths
 from qgrid.types import Cell, MethodSupport
-from qgrid.weights import inspection
+from qgrid.weights import inspection, widths
 
 BITS = (4,)
 

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qgrid.contracts import Built, InvalidEngine, Unsupported
 from qgrid.methods import _checkpoint
-from qgrid.planning import widths
-from qgrid.weights import inspection
+from qgrid.weights import inspection, widths
 
 if TYPE_CHECKING:
     import torch

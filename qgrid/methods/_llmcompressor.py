@@ -11,8 +11,8 @@ from typing import Any
 from qgrid import calibration
 from qgrid.contracts import Built
 from qgrid.methods import _checkpoint
-from qgrid.planning import widths
 from qgrid.types import Cell
+from qgrid.weights import widths
 
 Scheme = Mapping[str, Mapping[str, Any]]  # `weights` and, if they are rounded, `input_activations`
 PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")

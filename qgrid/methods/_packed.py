@@ -17,8 +17,8 @@ from pydantic import PositiveInt
 from qgrid import models
 from qgrid.methods import _checkpoint
 from qgrid.methods import _llmcompressor as llmc
-from qgrid.planning import widths
 from qgrid.types import Cell, MethodSupport
+from qgrid.weights import widths
 
 Scheme = Literal["W2A16", "W3A16", "W4A16", "W8A16", "W4A16_ASYM"]  # presets of the library
 FORMAT = "pack-quantized"

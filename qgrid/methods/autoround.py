@@ -28,9 +28,9 @@ from qgrid.methods import _checkpoint
 from qgrid.methods import _gptqmodel as native
 from qgrid.methods import _packed as packed
 from qgrid.methods import _tuned_gguf as tuned_gguf
-from qgrid.planning import widths
 from qgrid.published.native import PACKAGES as NATIVE_PACKAGES
 from qgrid.types import Cell, Check, MethodSupport
+from qgrid.weights import widths
 
 Format = Literal["compressed-tensors", "gptq", "awq", "gguf"]
 _EXPORTS: Mapping[str, str] = {  # in the library's words

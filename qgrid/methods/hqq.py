@@ -18,9 +18,8 @@ from pydantic import Field
 from qgrid import models
 from qgrid.methods import _checkpoint, _layerwise
 from qgrid.methods import _packed as packed
-from qgrid.planning import widths
 from qgrid.types import MethodSupport
-from qgrid.weights import inspection
+from qgrid.weights import inspection, widths
 
 if TYPE_CHECKING:
     from qgrid.contracts import Built

@@ -11,9 +11,9 @@ from pydantic import NonNegativeFloat
 
 from qgrid.contracts import Built
 from qgrid.methods import _bitsandbytes as bnb
-from qgrid.planning import widths
 from qgrid.published.bitsandbytes import PACKAGES
 from qgrid.types import Cell, MethodSupport
+from qgrid.weights import widths
 
 SUPPORTS = MethodSupport(
     bits=(8,),

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qgrid.libraries import quanto_library
 from qgrid.methods import _layerwise
-from qgrid.planning import widths
 from qgrid.types import MethodSupport
-from qgrid.weights import inspection
+from qgrid.weights import inspection, widths
 
 if TYPE_CHECKING:
     from qgrid.contracts import Built

@@ -17,9 +17,8 @@ from pydantic import Field
 
 from qgrid.contracts import Built
 from qgrid.methods import _llmcompressor as llmc
-from qgrid.planning import widths
 from qgrid.types import Cell, Check, MethodSupport
-from qgrid.weights import inspection
+from qgrid.weights import inspection, widths
 
 SUPPORTS = MethodSupport(
     bits=(8,),

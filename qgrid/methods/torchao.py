@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from qgrid import device
 from qgrid.contracts import Built
 from qgrid.methods import _checkpoint, _layerwise
-from qgrid.planning import widths
 from qgrid.types import MethodSupport
+from qgrid.weights import widths
 
 if TYPE_CHECKING:
     from qgrid.types import Cell, Gpu

@@ -15,9 +15,9 @@ from qgrid.envs import builds, recipes
 from qgrid.files import HashCache
 from qgrid.lora import adapter_fit, adapters
 from qgrid.measure import slices as slice_files
-from qgrid.planning import widths
 from qgrid.planning.estimate import Architecture
 from qgrid.types import Calibration, Cell, DeviceKind, Gpu, Method, Model, Slices
+from qgrid.weights import widths
 
 T = TypeVar("T")
 

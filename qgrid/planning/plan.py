@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from qgrid import codec, registry
 from qgrid.lora import adapters
-from qgrid.planning import baseline, estimate, idle, legality, widths
+from qgrid.planning import baseline, estimate, idle, legality
 from qgrid.planning import facts as lookups
 from qgrid.types import Cell, Choice, Dtype, Method, MethodSupport, PlannedCell
+from qgrid.weights import widths
 
 if TYPE_CHECKING:
     from qgrid.planning.facts import Facts

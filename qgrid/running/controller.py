@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qgrid import device, environment
+from qgrid import commands, device, environment
 from qgrid.mirroring.spared import Mirror
 from qgrid.running import (
     assembly,
@@ -35,7 +35,6 @@ from qgrid.types import (
     Record,
     Settings,
 )
-from qgrid.verbs import commands
 from qgrid.weights import artifacts
 
 INTERRUPTED, UNREADABLE, STORE_FAILED = 130, 2, 3  # ends of a launch

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from qgrid import device
 from qgrid.contracts import Unsupported
-from qgrid.planning import widths
 from qgrid.runtimes._vllm_settings import CUDA_KERNELS, W4A8, Options
+from qgrid.weights import widths
 
 if TYPE_CHECKING:
     from qgrid.types import Cell, DeviceKind

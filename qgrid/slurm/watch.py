@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qgrid import codec
+from qgrid import codec, commands
 from qgrid import sweep as sweeps
 from qgrid.running import controller, stopping
 from qgrid.running import launch as launches
@@ -27,7 +27,6 @@ from qgrid.slurm.wanted import Wanted
 from qgrid.store import leases, place, records
 from qgrid.store.aside import readable
 from qgrid.types import PlannedCell, Settings
-from qgrid.verbs import commands
 
 REFUSED = 2  # exit code: Slurm takes no job as it was asked
 LOOKS = 2  # that must miss a task before it counts as gone: a record may show late

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-from qgrid.verbs.commands import Arguments, WrongCommand
+from qgrid.commands import Arguments, WrongCommand
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of the whole store, not of one file
 PARTS = ("artifacts", "builds", "cells", "quality", "sweeps", "leases", "hashes.json")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qgrid.verbs import commands, standings
+from qgrid import commands
+from qgrid.verbs import standings
 
 
 def main(arguments: list[str]) -> int:

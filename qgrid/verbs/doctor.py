@@ -6,11 +6,11 @@ import platform
 import sys
 from collections.abc import Collection, Iterator, Mapping
 
-from qgrid import device, environment, phrases, registry
+from qgrid import commands, device, environment, phrases, registry
 from qgrid.envs import builds, locks, recipes
 from qgrid.planning import facts
 from qgrid.types import DeviceKind, Gpu, MethodSupport, RuntimeSupport
-from qgrid.verbs import commands, trials
+from qgrid.verbs import trials
 
 QUICK = "--quick"
 

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from qgrid import commands
 from qgrid.store import abandoned, leases, needs, subjects
 from qgrid.store.aside import set_aside
 from qgrid.store.checks import Fault, Remedy
 from qgrid.store.place import store_of
 from qgrid.store.subjects import Subject
-from qgrid.verbs import commands
 
 USAGE = "[out=FOLDER] [--dry-run] [--full]"
 DONE: dict[Remedy, str] = {"set aside": "set aside", "remove": "removed"}

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qgrid import commands
 from qgrid.store import leases, needs
 from qgrid.store.place import store_of
-from qgrid.verbs import commands
 
 USAGE = "[out=FOLDER] [--dry-run]"
 UNITS = ("bytes", "KiB", "MiB", "GiB")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qgrid import codec, device, launchers, registry, sweep
+from qgrid import codec, commands, device, launchers, registry, sweep
 from qgrid.files import HashCache, write_atomic
 from qgrid.planning.facts import Facts
 from qgrid.reproduction import differences, inputs, judgement, parts, replan, show, sweep_lock
@@ -18,7 +18,6 @@ from qgrid.running import launch
 from qgrid.running.progress import labels
 from qgrid.store import records
 from qgrid.types import PlannedCell, Settings, Tracking
-from qgrid.verbs import commands
 
 USAGE = "LOCK [out=FOLDER] [--dry-run] [--trust]"
 FOLDER = "reproduced"  # below the root of all outputs

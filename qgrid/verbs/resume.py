@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-from qgrid import launchers
-from qgrid.verbs import commands
+from qgrid import commands, launchers
 
 DETACH = "--detach"
 

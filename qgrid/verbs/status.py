@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qgrid import launchers
+from qgrid import commands, launchers
 from qgrid.queued import Standing
 from qgrid.running import launch
 from qgrid.store import glance, leases, records
-from qgrid.verbs import commands, standings
+from qgrid.verbs import standings
 
 MOST_LINES = 12  # of cells that run
 ORDER = ("running", "queued", "ended without a record", "not started")

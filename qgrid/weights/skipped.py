@@ -14,9 +14,8 @@ from pathlib import Path
 
 from qgrid import models
 from qgrid.layouts import FLOATS_16, FLOATS_32
-from qgrid.planning import widths
 from qgrid.types import Cell, Tensor
-from qgrid.weights import inspection
+from qgrid.weights import inspection, widths
 from qgrid.weights.ends import HEADS
 from qgrid.weights.inspection import Contents
 

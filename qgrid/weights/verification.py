@@ -13,9 +13,8 @@ from qgrid.envs import locks
 from qgrid.files import HashCache
 from qgrid.layouts import MISSING
 from qgrid.lora import adapters
-from qgrid.planning import widths
 from qgrid.types import Cell, Check, Manifest, MethodSupport, ModuleState
-from qgrid.weights import inspection
+from qgrid.weights import inspection, widths
 from qgrid.weights.fingerprint import difference
 from qgrid.weights.finite import nonfinite
 from qgrid.weights.inspection import Contents

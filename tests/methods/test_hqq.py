@@ -11,9 +11,8 @@ import pytest
 
 from qgrid.contracts import Unsupported
 from qgrid.methods import hqq
-from qgrid.planning import widths
 from qgrid.types import Cell
-from qgrid.weights import artifacts, inspection
+from qgrid.weights import artifacts, inspection, widths
 from tests import jobs
 from tests.conftest import write_model, write_tokenizer
 from tests.methods import checkpoints, decoding

@@ -12,9 +12,8 @@ import torch
 from qgrid import registry
 from qgrid.libraries import quanto_library
 from qgrid.methods import quanto
-from qgrid.planning import widths
 from qgrid.types import Cell, Method
-from qgrid.weights import artifacts, inspection
+from qgrid.weights import artifacts, inspection, widths
 from tests import jobs
 from tests.methods import checkpoints, decoding
 from tests.methods.checkpoints import MODEL, Made

@@ -12,10 +12,9 @@ import torch
 
 from qgrid.contracts import InvalidEngine, Unsupported
 from qgrid.methods import torchao
-from qgrid.planning import widths
 from qgrid.runtimes import transformers as runtime
 from qgrid.types import Cell, Gpu, Method
-from qgrid.weights import artifacts, inspection
+from qgrid.weights import artifacts, inspection, widths
 from qgrid.weights.artifacts import BadArtifact
 from tests import jobs
 from tests.methods import checkpoints, decoding

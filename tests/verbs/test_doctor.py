@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 
-from qgrid import environment, registry
+from qgrid import commands, environment, registry
 from qgrid.methods import int8
 from qgrid.planning import facts
-from qgrid.verbs import commands, doctor, trials
+from qgrid.verbs import doctor, trials
 
 
 @pytest.mark.slow

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import yaml
 
-from qgrid import environment, registry
+from qgrid import commands, environment, registry
 from qgrid.envs import locks as environments
 from qgrid.planning import facts
 from qgrid.reproduction import sweep_lock
 from qgrid.store import leases
-from qgrid.verbs import commands, reproduce
+from qgrid.verbs import reproduce
 from tests import faults, locks
 from tests.drills import trivial
 from tests.locks import Project

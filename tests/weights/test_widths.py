@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from qgrid import registry
-from qgrid.planning import widths
 from qgrid.running import assembly
 from qgrid.types import Cell, Job, PlannedCell
-from qgrid.weights import artifacts
+from qgrid.weights import artifacts, widths
 from qgrid.weights.artifacts import BadArtifact
 from tests import jobs
 
