@@ -42,18 +42,20 @@ def write_atomic(path: Path, data: str | bytes, durable: bool = True) -> None:
 def built_aside(target: Path) -> Iterator[Path]:
     """A fresh folder next to `target` that becomes `target` when the block succeeds.
 
-    Nothing is left of it when the block fails; an existing `target` is replaced.
+    Nothing is left of it when the block fails; an existing `target` is replaced in the end.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    before = aside.with_name(f"{aside.name}.old")
     try:
         yield aside
         aside.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
+        with contextlib.suppress(FileNotFoundError):
+            target.rename(before)
         aside.rename(target)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for folder in (aside, before):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

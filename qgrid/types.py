@@ -386,6 +386,7 @@ class Job:
     store: str  # root of all outputs
     verify: Literal["cached", "full"] = "cached"
     cores: tuple[int, ...] | None = None  # that the stage may use; None: all of the machine
+    anew: bool = False  # build the artifact although there is one, and replace it in the end
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from qgrid.running.launch import Launch
 from qgrid.running.pipeline import Pipeline
 from qgrid.store import leases, place, records
 from qgrid.types import PlannedCell, StageResult
-from qgrid.weights import artifacts
 
 
 def make(planned: PlannedCell, pipeline: Pipeline, launch: Launch, attempts: Attempts) -> bool:
@@ -27,10 +26,11 @@ def make(planned: PlannedCell, pipeline: Pipeline, launch: Launch, attempts: Att
     if lease is None:
         return False
     folder = launch.store / "builds" / planned.artifact_id
-    there = artifacts.exists(launch.store, planned.artifact_id) and not launch.settings.fresh
+    is_there = launch.has_artifact(planned.artifact_id)
     try:
-        _give_up(planned, folder, launch, attempts)
-        with contextlib.nullcontext() if there else attempts.counted(folder):
+        if not is_there:
+            _give_up(folder, launch, attempts)
+        with contextlib.nullcontext() if is_there else attempts.counted(folder):
             pipeline.build(planned, lease)
     except leases.Lost:
         return False
@@ -44,9 +44,9 @@ def make(planned: PlannedCell, pipeline: Pipeline, launch: Launch, attempts: Att
     return True
 
 
-def _give_up(planned: PlannedCell, folder: Path, launch: Launch, attempts: Attempts) -> None:
+def _give_up(folder: Path, launch: Launch, attempts: Attempts) -> None:
     """Write down that an artifact was tried too often; its cells fail by it."""
     given_up = attempts.given_up(folder)
-    if given_up is not None and not artifacts.exists(launch.store, planned.artifact_id):
+    if given_up is not None:
         told = StageResult("artifact", failure=given_up, environment={"launch": launch.id})
         records.save_result(folder / "result.json", told)

@@ -35,7 +35,6 @@ from qgrid.types import (
     Record,
     Settings,
 )
-from qgrid.weights import artifacts
 
 INTERRUPTED, UNREADABLE, STORE_FAILED = 130, 2, 3  # ends of a launch
 
@@ -190,9 +189,7 @@ class Sweep:
         missing = schedule.needed(
             [*self._part.builds, *to_run],
             lambda each: baselines.get(each.cell_id),
-            lambda artifact_id: (
-                artifacts.exists(self.store, artifact_id) and not self._settings.fresh
-            ),
+            self._launch.has_artifact,
         )
         if not to_run and not missing:
             return

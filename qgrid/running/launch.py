@@ -13,6 +13,7 @@ from qgrid.files import write_atomic
 from qgrid.running.stopping import Stop
 from qgrid.store import leases, records
 from qgrid.types import Check, Manifest, PlannedCell, Settings, Stage, StageResult
+from qgrid.weights import artifacts
 
 LAUNCHES = "launches"  # in the sweep's folder: a folder for each
 EARLIER = "earlier.txt"  # beside it: launches that came before the plan
@@ -124,6 +125,15 @@ class Launch:
             return None
         ids = (record.cell_id, record.artifact_id, record.quality_id, record.baseline_cell_id)
         return PlannedCell(*ids, cell=record.cell, added=True)
+
+    def has_artifact(self, artifact_id: str) -> bool:
+        """Whether an artifact is there that counts: with `fresh`, one made for this command."""
+        if not artifacts.exists(self.store, artifact_id):
+            return False
+        if not self.settings.fresh:
+            return True
+        made = records.load_result(self.store / "builds" / artifact_id / "result.json")
+        return made is not None and made.failure is None and self.is_fresh(made)
 
     def is_fresh(self, result: StageResult | None) -> bool:
         """Whether a stage was done for this command, where `fresh` asks for all of them anew."""

@@ -132,13 +132,10 @@ class Pipeline:
             return known
         out = self._store / "builds" / planned.artifact_id
         earlier = records.load_result(out / "result.json")
-        this_launch = self._launch.ended(earlier)
-        if not self._launch.is_fresh(earlier):
-            self._discard(planned)
-        if artifacts.exists(self._store, planned.artifact_id):
-            was_made = earlier is not None and earlier.failure is None
-            return earlier if was_made and earlier is not None else self._found(planned, out)
-        if this_launch and earlier is not None and earlier.failure is not None:
+        has_failed = earlier is not None and earlier.failure is not None
+        if self._launch.has_artifact(planned.artifact_id):
+            return self._found(planned, out) if earlier is None or has_failed else earlier
+        if earlier is not None and has_failed and self._launch.ended(earlier):
             return earlier
         _remove_remains(self._folder(planned))  # of a build that was killed
         try:
@@ -154,12 +151,6 @@ class Pipeline:
         except (OSError, codec.InvalidValue):  # verifying it tells
             return StageResult("artifact")
         return self._told(found, None, out)
-
-    def _discard(self, planned: PlannedCell) -> None:
-        folder = self._folder(planned)
-        with contextlib.suppress(FileNotFoundError):
-            folder.rename(folder.with_name(f".{folder.name}.old"))
-        _remove_remains(folder)
 
     def _baseline(self, planned: PlannedCell, outcome: Outcome) -> PlannedCell | None:
         """The 16-bit cell to compare with, its artifact built and verified; None: there is none."""
@@ -228,6 +219,7 @@ class Pipeline:
             store=str(self._store),
             verify=self._settings.verify,
             cores=self._cores(stage, planned),
+            anew=stage == "artifact" and self._settings.fresh,
         )
         # as it is: the stage must find the paths, and `config` lets no secret into a cell
         files.write_atomic(out / "job.json", codec.dumps(job, indent=1) + "\n", durable=False)

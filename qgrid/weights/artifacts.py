@@ -54,13 +54,14 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def build(job: Job) -> StageResult:
-    """Make the artifact of a cell unless it is there; who asks for it holds its lease.
+    """Make the artifact of a cell unless it is there and will do; who asks holds its lease.
 
     Raises:
         BadArtifact: what was made, or what is there, fails a fatal check.
     """
     target = Path(job.artifact)
-    return reused(target) if (target / MANIFEST).is_file() else _built(target, job)
+    is_there = (target / MANIFEST).is_file() and not job.anew
+    return reused(target) if is_there else _built(target, job)
 
 
 def verify(

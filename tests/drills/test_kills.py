@@ -98,6 +98,29 @@ def test_a_killed_stage_is_a_crash_of_its_cells_until_the_next_run(
     assert asides(store) == []
 
 
+def test_a_killed_fresh_build_costs_nobody_the_artifact_that_was_there(
+    store: Path, ledger: Path, undisturbed: Path
+) -> None:
+    folder, cells = trivial.write(grid(), store)
+    assert running.finish(folder) == 0
+    artifact = store / "artifacts" / slow_one(cells).artifact_id
+    before = {file.name: file.read_bytes() for file in artifact.iterdir()}
+
+    trivial.write(grid(), store, fresh=True)
+    with launching(folder, **{LEDGER: str(ledger)}) as run:
+        stage = in_mid_build(run, ledger, cells, store)
+        assert {file.name: file.read_bytes() for file in artifact.iterdir()} == before
+        os.kill(stage, signal.SIGKILL)
+        assert run.wait() == 1, run.log.read_text()
+    assert {file.name: file.read_bytes() for file in artifact.iterdir()} == before
+
+    assert running.finish(folder, **{LEDGER: str(ledger)}) == 0  # and it is not used for this one
+    assert len(building(ledger, cells)) == 2
+    assert (artifact / "manifest.json").read_bytes() != before["manifest.json"]
+    assert same.differences(cells, store, undisturbed) == []
+    assert asides(store) == []
+
+
 def test_what_could_not_be_compared_with_a_killed_baseline_is_compared_by_the_next_run(
     tmp_path: Path, store: Path, ledger: Path
 ) -> None:
