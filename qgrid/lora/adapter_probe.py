@@ -29,7 +29,7 @@ _ROWS = 4  # inputs of the probe
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2**-5, "float16": 2**-8}
 
 
-def require_products(model: Any, method: str, folder: Path, found: Fit, dtype: str) -> None:
+def check_products(model: Any, method: str, folder: Path, found: Fit, dtype: str) -> Check:
     """One layer of each class in a model of wrapped layers adds the product that it should.
 
     What is expected is computed from the adapter's files in `folder`. The layer itself multiplies
@@ -39,6 +39,7 @@ def require_products(model: Any, method: str, folder: Path, found: Fit, dtype: s
         InvalidEngine: a layer computes something else.
     """
     tensors = Tensors(folder)
+    shares: dict[str, float] = {}  # class of the layer -> largest error, as a share
     for layer, module in _one_of_each(model):
         inputs = _inputs(tensors, layer, module, dtype)
         pair = _pair(tensors, found, layer)
@@ -55,6 +56,11 @@ def require_products(model: Any, method: str, folder: Path, found: Fit, dtype: s
                 f"off by {apart:.2g}, its largest output is {largest:.2g}; use "
                 "`model.adapter_mode=merged`"
             )
+        kind = type(module.base_layer).__name__
+        shares[kind] = max(shares.get(kind, 0.0), apart / largest if largest else 0.0)
+    goal = f"outputs with the adapter's product, off by {_TOLERANCE[dtype]:.1%} at most"
+    told = ", ".join(f"`{kind}` {share:.2g}" for kind, share in shares.items())
+    return Check("adapter_product", True, goal, f"off by {told}")
 
 
 def check_inputs(folder: Path, base: Path) -> Check:

@@ -82,10 +82,11 @@ def keep(cell: Cell, folder: Path, base: Path) -> tuple[Check, ...]:
     return finite, adapter_probe.check_inputs(folder, base)
 
 
-def attach(model: Any, artifact: Path, method: str, dtype: str) -> None:
+def attach(model: Any, artifact: Path, method: str, dtype: str) -> Check:
     """Put the adapter in an artifact beside the layers that `method` made, computing in `dtype`.
 
-    The model itself stays what it is: its layers are replaced by ones that hold them.
+    The model itself stays what it is: its layers are replaced by ones that hold them. The check
+    tells how well one layer of each class adds the adapter's product.
 
     Raises:
         InvalidEngine: PEFT wrapped other layers than the adapter has, or a layer does not add
@@ -101,7 +102,7 @@ def attach(model: Any, artifact: Path, method: str, dtype: str) -> None:
         if ".lora_" in name:
             parameter.data = parameter.data.to(getattr(torch, dtype))
     model.eval()
-    adapter_probe.require_products(model, method, folder, found, dtype)
+    return adapter_probe.check_products(model, method, folder, found, dtype)
 
 
 def _fitting(cell: Cell) -> adapter_fit.Fit:

@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,20 @@ from qgrid.runtimes import _linears, _storage
 
 if TYPE_CHECKING:
     from qgrid.runtimes.transformers import Options
-    from qgrid.types import Cell
+    from qgrid.types import Cell, Check
 
 
-def load(
-    artifact: Path, cell: Cell, dtype: str, options: Options
-) -> tuple[Any, Counter[_linears.Stored]]:
-    """The model, and how its linear layers came out of the files.
+@dataclass(frozen=True)
+class Loaded:
+    """A torch model, how its linear layers came out of the files, and what was checked besides."""
+
+    model: Any
+    arrived: Counter[_linears.Stored]
+    checks: tuple[Check, ...]
+
+
+def load(artifact: Path, cell: Cell, dtype: str, options: Options) -> Loaded:
+    """The model in memory, ready to compute.
 
     Raises:
         InvalidEngine: the device or the storage of the weights is not what the cell says.
@@ -47,9 +55,10 @@ def load(
     require_storage(arrived, cell)
     for module in _storage.linears(model).values():
         _linears.compute_in(module, dtype)
-    if adapters.is_attached(cell.model):
-        merging.attach(model, artifact, cell.method.name, dtype)
-    return model, arrived
+    if not adapters.is_attached(cell.model):
+        return Loaded(model, arrived, ())
+    product = merging.attach(model, artifact, cell.method.name, dtype)
+    return Loaded(model, arrived, (product,))
 
 
 def _model(artifact: Path, cell: Cell, dtype: str, options: Options) -> Any:

@@ -98,15 +98,15 @@ class Transformers:
 
     def __init__(
         self,
-        model: Any,
+        loaded: _checkpoint_model.Loaded,
         dtype: str,
-        arrived: Mapping[_linears.Stored, int],
         options: Options,
         cache: _kv_cache.Quantization | None = None,
     ) -> None:
-        self._model = model
+        self._model = model = loaded.model
         self._dtype = dtype
-        self._arrived = arrived
+        self._arrived = loaded.arrived
+        self._checks = loaded.checks
         self._device: torch.device = next(model.parameters()).device
         self._cache = cache
         self._kv_dtype, self._kv_held = _probe_cache(model, cache)
@@ -189,8 +189,8 @@ class Transformers:
     def checks(self) -> Sequence[Check]:
         """See `Engine.checks`: `load` has raised already for what differs otherwise."""
         layers = _linear_kernels.kernels(self._model, self._dtype)
-        found = _linear_kernels.checks(layers, self._options.kernel)
-        return found if self._used is None else [*found, self._used.check()]
+        used = () if self._used is None else (self._used.check(),)
+        return (*self._checks, *_linear_kernels.checks(layers, self._options.kernel), *used)
 
     def kv_rows(self) -> tuple[int, int] | None:
         """See `Engine`; None with a cache of 16 bits."""
@@ -231,11 +231,11 @@ def load(artifact: Path, cell: Cell, dtype: str) -> Transformers:
             this model.
     """
     options = Options(**cell.runtime.options)
-    model, arrived = _checkpoint_model.load(artifact, cell, dtype, options)
+    loaded = _checkpoint_model.load(artifact, cell, dtype, options)
     cache = _kv_cache.wanted(cell)
-    if cache is not None and slides(model.config):
+    if cache is not None and slides(loaded.model.config):
         raise Unsupported(_kv_refusals.sliding(cell))
-    return Transformers(model, dtype, arrived, options, cache)
+    return Transformers(loaded, dtype, options, cache)
 
 
 def _by_format(found: Mapping[_linears.Stored, int]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from qgrid import demo, registry
 from qgrid.contracts import InvalidEngine, Unsupported
 from qgrid.lora import adapters, merging
 from qgrid.methods import _checkpoint
-from qgrid.types import Cell, Method, Model
+from qgrid.types import Cell, Check, Method, Model
 from tests import adapters as made
 
 PLAIN = Model("tiny", "qgrid/tiny", None, False, False)
@@ -28,17 +28,21 @@ def adapter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return made.write(tmp_path_factory.mktemp("made") / "one", demo.MODEL_DIR, request.param)
 
 
-def attached(adapter: Path, folder: Path, dtype: str) -> Any:
-    """The embedded model in 16 bits with the adapter beside it."""
+def attached(adapter: Path, folder: Path, dtype: str) -> Check:
+    """The check of the embedded model in 16 bits with the adapter beside it."""
     (folder / adapters.FOLDER).symlink_to(adapter)
     model = _checkpoint.load_16bit(demo.MODEL_DIR, PLAIN, dtype=getattr(torch, dtype))
-    merging.attach(model, folder, "none", dtype)
-    return model
+    return merging.attach(model, folder, "none", dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_what_peft_adds_is_the_product(adapter: Path, dtype: str, tmp_path: Path) -> None:
-    attached(adapter, tmp_path, dtype)
+    check = attached(adapter, tmp_path, dtype)
+    assert (check.name, check.ok) == ("adapter_product", True)
+    apart = float(check.actual.rpartition(" ")[2])
+    assert "`Linear`" in check.actual
+    assert apart < {"float32": 1e-6, "bfloat16": 2e-2, "float16": 3e-3}[dtype]
+    assert (dtype == "float32") == (apart < 1e-5)  # it is measured, not told
 
 
 def _more(self: Any, inputs: torch.Tensor) -> Any:

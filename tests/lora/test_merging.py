@@ -310,6 +310,7 @@ def test_an_attached_adapter_adds_its_product(
     more = _held(live) - _held(without)
     assert abs(more - 4 * size) <= 256  # fp32; padding of a library's own tensors aside
     seen = live.observed()
+    assert [each.name for each in live.checks() if each.ok][:1] == ["adapter_product"]
     assert seen["computes_in"]["float32"] >= 2 * len(added)
     assert sum(live.kernels().values()) == 35 + 1 + 2 * len(added)  # no layer is counted twice
     values = {each.metric: each.value for each in result.measurements}
