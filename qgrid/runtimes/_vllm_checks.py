@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,13 +10,12 @@ from qgrid.runtimes import _vllm_settings as settings
 from qgrid.runtimes._vllm_census import W4A8
 from qgrid.runtimes._vllm_settings import KV_TYPES, Options
 from qgrid.types import Check
+from qgrid.weights import inspection
 
 if TYPE_CHECKING:
     from qgrid.runtimes._vllm_census import Census, Linear
     from qgrid.types import Cell
 
-# Routers of mixtures of experts stay at 16 bits in every method.
-_ROUTER = re.compile(r"\.(?:gate|router|shared_expert_gate)$")
 _FAST_INTEGER = ("Machete", "Marlin", "CutlassW4A8")
 _FAST_INT8 = ("Cutlass",)
 _FAST_FP8 = ("FlashInfer", "Cutlass", "DeepGemm", "B12x")
@@ -39,7 +37,7 @@ def checks(census: Census, cell: Cell, threads: int) -> tuple[Check, ...]:
 
 def _quantized(linears: Sequence[Linear], cell: Cell) -> Check:
     """No layer of a quantized cell may be plain, and none of a 16-bit cell quantized (P1)."""
-    counted = [each for each in linears if not _ROUTER.search(each.name)]
+    counted = [each for each in linears if not inspection.is_router(each.name)]
     wanted = cell.bits < 16
     wrong = [each for each in counted if each.quantized != wanted]
     kind = "quantized" if wanted else "16-bit"

@@ -34,6 +34,7 @@ __all__ = [
     "inspect",
     "is_decoder_linear",
     "is_gguf",
+    "is_router",
     "num_parameters",
     "quantization_config",
     "read_header",
@@ -42,8 +43,10 @@ __all__ = [
     "weight_files",
 ]
 
-_DECODER_LINEAR = re.compile(r"\.(?:layers|h|blocks|block)\.\d+\.(?!.*norm).*(?<!router)$")
-ROUTER = re.compile(r"(?:mlp|block_sparse_moe)\.(?:gate|router|shared_expert_gate)$")
+_DECODER_LINEAR = re.compile(r"\.(?:layers|h|blocks|block)\.\d+\.(?!.*norm).*$")
+_ROUTER = re.compile(
+    r"\.(?:(?:mlp|block_sparse_moe|feed_forward)\.gate|router|shared_expert_gate)$"
+)
 _ROPE_TABLE = re.compile(
     r"(?:\.inv_freq|^rope_(?:freqs|factors_\w+)\.weight)$"
 )  # computed, not learned
@@ -124,7 +127,12 @@ def decoder_linears(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]
 
 def is_decoder_linear(module: str) -> bool:
     """Whether a module with a two-dimensional weight belongs to the quantized part of a decoder."""
-    return bool(_DECODER_LINEAR.search("." + module)) and not ROUTER.search(module)
+    return bool(_DECODER_LINEAR.search("." + module)) and not is_router(module)
+
+
+def is_router(module: str) -> bool:
+    """Whether a module chooses the experts of a mixture, which every method leaves as it is."""
+    return bool(_ROUTER.search("." + module))
 
 
 def stored_linears(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:

@@ -61,7 +61,7 @@ def _outside(cell: Cell, contents: Contents, source: Path) -> dict[str, str]:
     for name, count in Counter(map(_group, _left(original, contents))).items():
         if f"{name}.weight" in HEADS:
             found.setdefault(name, f"the output head, which `{method}` leaves as it is")
-        elif inspection.ROUTER.search(name):
+        elif inspection.is_router(name):
             found[name] = f"routers of experts, which `{method}` leaves as they are ({count})"
         else:
             found[name] = f"no linear layer of the decoder; `{method}` leaves it as it is ({count})"

@@ -16,6 +16,7 @@ from qgrid.gguf import file, quantization
 from qgrid.gguf.quantization import QuantizationFailed
 from qgrid.gguf.types import FILE_TYPES
 from tests.gguf.bare import Sizes, write
+from tests.gguf.listening import listening
 
 SIZES = Sizes(layers=8, intermediate=256, heads=2, kv_heads=1, head_dim=128)
 # Relative error of normally distributed weights. Two bits leave about a third; each further bit
@@ -144,18 +145,11 @@ def test_quantized_source_is_refused(source: Path, tmp_path: Path) -> None:
 def test_log_is_collected_not_printed_and_put_back(
     source: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    said: list[bytes] = []
-    outer = llama_cpp.llama_log_callback(lambda level, text, _: said.append(text))
-    data, user = llama_cpp.llama_log_callback(), ctypes.c_void_p()
-    llama_cpp.llama_log_get(ctypes.byref(data), ctypes.byref(user))
-    llama_cpp.llama_log_set(outer, ctypes.c_void_p(0))
-    try:
+    with listening() as said:
         quantization.plan_types(source, "Q4_K_M")
         assert said == []
         llama_cpp.llama_model_quantize(
             b"/nowhere", b"", ctypes.byref(llama_cpp.llama_model_quantize_default_params())
         )
         assert said
-    finally:
-        llama_cpp.llama_log_set(data, user)
     assert capfd.readouterr().err == ""

@@ -20,6 +20,7 @@ from qgrid.gguf.log import Log
 from qgrid.runtimes import llama_cpp as runtime
 from qgrid.runtimes._llama_pieces import Piece, passes
 from qgrid.types import Cell
+from tests.gguf.listening import listening
 from tests.runtimes import random_gguf
 from tests.runtimes.batching import decoded, divergence
 from tests.runtimes.passes import Ids, distance, plain, some_ids
@@ -305,20 +306,15 @@ def test_the_log_is_captured_and_given_back(
 ) -> None:
     import llama_cpp
 
-    heard: list[str] = []
-
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator,unused-ignore]
-    def listen(_: int, text: bytes, __: Any) -> None:
-        heard.append(text.decode())
-
-    llama_cpp.llama_log_set(listen, None)
-    loaded = runtime.load(artifact, llama_cell(), "float32")
-    loaded.generate([[1, 2, 3]], 3)
-    list(loaded.score([[1, 2, 3]], [2]))
-    loaded.close()
-    assert not heard
-    llama_cpp.llama_model_load_from_file(b"/nowhere.gguf", llama_cpp.llama_model_default_params())
-    assert any("nowhere" in line for line in heard)
+    with listening() as heard:
+        loaded = runtime.load(artifact, llama_cell(), "float32")
+        loaded.generate([[1, 2, 3]], 3)
+        list(loaded.score([[1, 2, 3]], [2]))
+        loaded.close()
+        assert not heard
+        params = llama_cpp.llama_model_default_params()
+        llama_cpp.llama_model_load_from_file(b"/nowhere.gguf", params)
+        assert any("nowhere" in line for line in heard)
     assert capfd.readouterr().err == ""
 
 

@@ -98,3 +98,21 @@ def test_whole_and_torn_files(stored: Path, tmp_path: Path) -> None:
     assert "no safetensors or GGUF file" in verification.check_whole(tmp_path).actual
     (tmp_path / "model.gguf").write_bytes((stored / "model.gguf").read_bytes()[:-100])
     assert "its header says" in verification.check_whole(tmp_path).actual
+
+
+@pytest.mark.parametrize(
+    ("module", "is_router"),
+    [
+        ("model.layers.0.mlp.gate", True),  # Qwen, DeepSeek, OLMoE
+        ("model.layers.0.block_sparse_moe.gate", True),  # Mixtral
+        ("model.layers.0.mlp.shared_expert_gate", True),
+        ("model.layers.0.feed_forward.router", True),  # Llama 4
+        ("model.layers.0.mlp.router", True),  # gpt-oss
+        ("model.layers.0.mlp.gate_proj", False),
+        ("model.layers.0.mlp.experts.3.gate_proj", False),
+        ("model.layers.0.self_attn.gate", False),
+    ],
+)
+def test_routers_are_told_from_other_gates(module: str, is_router: bool) -> None:
+    assert inspection.is_router(module) == is_router
+    assert inspection.is_decoder_linear(module) != is_router
