@@ -29,7 +29,7 @@ run: $(VENV)/main.stamp  ## install if needed, run the default grid, print where
 test: $(VENV)/dev.stamp lint environments  ## all checks and tests
 	@for each in $(SYSTEM); do PATH="$$PATH:/usr/sbin" command -v $${each%%:*} >/dev/null || \
 		echo "note: $${each%%:*} is missing, so its tests skip; run 'make test-system'"; done
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 $(ARGS)
 
 test-gpu: $(VENV)/dev.stamp  ## the CUDA paths, on a machine with a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)

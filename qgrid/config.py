@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -64,9 +65,27 @@ def choice(group: str, name: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is none.
     """
-    own = [Path(each) for each in os.environ.get("QGRID_CONFIG_DIR", "").split(os.pathsep) if each]
-    files = [place / group / f"{name}.yaml" for place in (*own, root("conf"))]
+    files = [folder / f"{name}.yaml" for folder in _folders(group)]
     return _read(next((file for file in files if file.is_file()), files[-1]))
+
+
+def options(group: str) -> dict[str, list[str]]:
+    """The keys of a group's files, and the choices that have each; no word of broken files."""
+    from yaml import YAMLError
+
+    found: dict[str, list[str]] = {}
+    names = {file.stem for folder in _folders(group) for file in folder.glob("*.yaml")}
+    for name in sorted(names):
+        with contextlib.suppress(OSError, ValueError, TypeError, YAMLError):
+            for key in choice(group, name):
+                found.setdefault(key, []).append(name)
+    return found
+
+
+def _folders(group: str) -> list[Path]:
+    """Where the files of a group lie; the first that has a name counts."""
+    own = [Path(each) for each in os.environ.get("QGRID_CONFIG_DIR", "").split(os.pathsep) if each]
+    return [place / group for place in (*own, root("conf"))]
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -240,7 +259,31 @@ def composer(loader: Any, master: Any) -> Compose:
         loader.repository = _ReadOnce(loader.repository, {})
     own = list(master.hydra.overrides.hydra)
     name = master.hydra.job.config_name
-    return lambda lines: composed(loader.load_configuration(name, [*own, *lines], RunMode.RUN))
+
+    def compose(lines: Sequence[str]) -> Composed:
+        made = composed(loader.load_configuration(name, [*own, *lines], RunMode.RUN))
+        for line in lines:
+            _refuse_idle(line, made.values)
+        return made
+
+    return compose
+
+
+def _refuse_idle(line: str, values: Mapping[str, Any]) -> None:
+    """Hydra merges mappings: an empty one takes nothing away."""
+    key, _, value = line.partition("=")
+    if value.replace(" ", "") != "{}":
+        return
+    node: Any = values
+    for part in key.lstrip("+").split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    if node:
+        told = ", ".join(f"`~{key}.{each}`" for each in list(node)[:2])
+        more = ", ..." if len(node) > 2 else ""
+        raise GridError(
+            f"`{line}` would change nothing: a mapping is merged into what is there; leave parts "
+            f"out by name: {told}{more}"
+        )
 
 
 class _ReadOnce:

@@ -128,12 +128,22 @@ def _unknown_choice(group: str, name: str, options: str | None) -> str:
 def _unknown_key(key: str) -> str:
     """That a key is none, and one that is alike, or where a group's keys stand."""
     said = f"`{key}` is not a known key"
-    group, dot, _ = key.partition(".")
+    group, dot, name = key.partition(".")
     if dot and group in _keys():
-        return f"{said} of this choice of `{group}`; its keys stand in `conf/{group}/NAME.yaml`"
+        return f"{said} of this choice of `{group}`{_nearest(group, name)}"
     near = difflib.get_close_matches(key, _keys(), n=1)
     hint = f", did you mean `{near[0]}`?" if near else ";"
     return f"{said}{hint} `qgrid --help` lists the keys"
+
+
+def _nearest(group: str, name: str) -> str:
+    """The other choices that have such a key, else one that is alike."""
+    known = config.options(group)
+    if name in known:
+        return f", but of {', '.join(known[name])}"
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f", did you mean `{group}.{near[0]}`?" if near else ";"
+    return f"{hint} its keys stand in `conf/{group}/NAME.yaml`"
 
 
 def _keys() -> list[str]:

@@ -31,7 +31,12 @@ def qgrid(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess
         (["method=gptqq"], ["gptqq", "gptq", "awq"]),
         (["bitz=4"], ["bitz"]),
         (["-m", "method=rtn,gptq", "bits=four"], ["bits=four", "whole number"]),
-        (["method=rtn", "method.group_sise=64"], ["group_sise"]),
+        (
+            ["method=rtn", "method.group_sise=64"],
+            ["group_sise", "did you mean `method.group_size`"],
+        ),
+        (["method=nf4", "method.group_size=64"], ["method.group_size", "but of", "gptq"]),
+        (["slices.items={}"], ["slices.items={}", "nothing", "`~slices.items.classification`"]),
         (["method=rtn", "method.group_size=x"], ["method.group_size", "x", "integer"]),
         (["method=nf4", "bits=8"], ["empty", "nf4", "bits=8", "has: 4"]),
         (["method=rtn", "method.scheme=W4A16", "bits=8"], ["disagree", "bits=8"]),
