@@ -76,9 +76,10 @@ def options(group: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     names = {file.stem for folder in _folders(group) for file in folder.glob("*.yaml")}
     for name in sorted(names):
-        with contextlib.suppress(OSError, ValueError, TypeError, YAMLError):
-            for key in choice(group, name):
-                found.setdefault(key, []).append(name)
+        with contextlib.suppress(OSError, ValueError, YAMLError):
+            content: Any = choice(group, name)
+            for key in content if isinstance(content, dict) else ():
+                found.setdefault(str(key), []).append(name)
     return found
 
 
@@ -148,6 +149,8 @@ def expand(compose: Compose, overrides: Sequence[Override]) -> Grid:
     fixed = [str(item.input_line) for item in overrides if not _is_swept(item)]
     axes = tuple(_axis(item) for item in overrides if _is_swept(item))
     base = compose([*fixed, *(axis.overrides[0] for axis in axes)])
+    for item in overrides:
+        _refuse_idle(item, overrides, base.values)
     try:
         tables = {
             key: _table(compose, fixed, base, key, axes)
@@ -158,6 +161,20 @@ def expand(compose: Compose, overrides: Sequence[Override]) -> Grid:
         every = itertools.product(*(axis.overrides for axis in axes))
         return Grid(base.values, axes, {}, tuple(compose([*fixed, *one]).values for one in every))
     return Grid(base.values, axes, tables)
+
+
+def _refuse_idle(item: Override, others: Sequence[Override], values: Mapping[str, Any]) -> None:
+    """Hydra merges mappings: an empty one, on its own, takes nothing away."""
+    key = item.key_or_group
+    if item.is_delete() or _is_swept(item) or item.value() != {}:
+        return
+    node: Any = values
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    if node and not any(other.key_or_group.startswith(f"{key}.") for other in others):
+        said = f"`{item.input_line}` would change nothing: a mapping is merged into what is there"
+        hint = f"; leave parts of it out by name, as `~{key}.{next(iter(node))}`"
+        raise GridError(f"{said}{hint if '.' in key else ''}")
 
 
 class _Entangled(Exception):
@@ -259,31 +276,7 @@ def composer(loader: Any, master: Any) -> Compose:
         loader.repository = _ReadOnce(loader.repository, {})
     own = list(master.hydra.overrides.hydra)
     name = master.hydra.job.config_name
-
-    def compose(lines: Sequence[str]) -> Composed:
-        made = composed(loader.load_configuration(name, [*own, *lines], RunMode.RUN))
-        for line in lines:
-            _refuse_idle(line, made.values)
-        return made
-
-    return compose
-
-
-def _refuse_idle(line: str, values: Mapping[str, Any]) -> None:
-    """Hydra merges mappings: an empty one takes nothing away."""
-    key, _, value = line.partition("=")
-    if value.replace(" ", "") != "{}":
-        return
-    node: Any = values
-    for part in key.lstrip("+").split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    if node:
-        told = ", ".join(f"`~{key}.{each}`" for each in list(node)[:2])
-        more = ", ..." if len(node) > 2 else ""
-        raise GridError(
-            f"`{line}` would change nothing: a mapping is merged into what is there; leave parts "
-            f"out by name: {told}{more}"
-        )
+    return lambda lines: composed(loader.load_configuration(name, [*own, *lines], RunMode.RUN))
 
 
 class _ReadOnce:

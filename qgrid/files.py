@@ -46,16 +46,37 @@ def built_aside(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    before = aside.with_name(f"{aside.name}.old")
     try:
         yield aside
         aside.chmod(0o755)
-        with contextlib.suppress(FileNotFoundError):
-            target.rename(before)
-        aside.rename(target)
+        _replace(target, aside)
     finally:
-        for folder in (aside, before):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replace(target: Path, aside: Path) -> None:
+    """Rename `aside` to `target`; what was there keeps its bytes until that is done."""
+    old = before(target)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    try:
+        aside.rename(target)
+    except BaseException:
+        put_back(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(target: Path) -> None:
+    """Rename the folder back that was to be replaced, where nothing has come into its place."""
+    with contextlib.suppress(OSError):  # there is none, or there is a `target`
+        before(target).rename(target)
+
+
+def before(target: Path) -> Path:
+    """Where a folder lies while another takes its place."""
+    return target.with_name(f".{target.name}.old")
 
 
 @contextlib.contextmanager

@@ -129,7 +129,7 @@ def _unknown_key(key: str) -> str:
     """That a key is none, and one that is alike, or where a group's keys stand."""
     said = f"`{key}` is not a known key"
     group, dot, name = key.partition(".")
-    if dot and group in _keys():
+    if dot and group in config.defaults():
         return f"{said} of this choice of `{group}`{_nearest(group, name)}"
     near = difflib.get_close_matches(key, _keys(), n=1)
     hint = f", did you mean `{near[0]}`?" if near else ";"
@@ -141,13 +141,15 @@ def _nearest(group: str, name: str) -> str:
     known = config.options(group)
     if name in known:
         return f", but of {', '.join(known[name])}"
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f", did you mean `{group}.{near[0]}`?" if near else ";"
-    return f"{hint} its keys stand in `conf/{group}/NAME.yaml`"
+    if near := difflib.get_close_matches(name, known, n=1):
+        return f", did you mean `{group}.{near[0]}`?"
+    return f"; its keys stand in `conf/{group}/NAME.yaml`"
 
 
 def _keys() -> list[str]:
-    return [field.name for kind in (Choice, Settings) for field in fields(kind)]
+    own = [field.name for kind in (Choice, Settings) for field in fields(kind)]
+    parts = {key: value for key, value in config.scalars().items() if isinstance(value, dict)}
+    return [*own, *(f"{key}.{part}" for key, value in parts.items() for part in value)]
 
 
 def _plain_warning(message: Warning | str, *_: Any, **__: Any) -> str:

@@ -36,7 +36,7 @@ def qgrid(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess
             ["group_sise", "did you mean `method.group_size`"],
         ),
         (["method=nf4", "method.group_size=64"], ["method.group_size", "but of", "gptq"]),
-        (["slices.items={}"], ["slices.items={}", "nothing", "`~slices.items.classification`"]),
+        (["slices.items={}"], ["slices.items={}", "nothing", "as `~slices.items.classification`"]),
         (["method=rtn", "method.group_size=x"], ["method.group_size", "x", "integer"]),
         (["method=nf4", "bits=8"], ["empty", "nf4", "bits=8", "has: 4"]),
         (["method=rtn", "method.scheme=W4A16", "bits=8"], ["disagree", "bits=8"]),

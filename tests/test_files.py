@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import pwd
@@ -35,6 +36,41 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         (aside / "whole").write_text("x")
         assert not target.exists()
     assert [p.name for p in target.iterdir()] == ["whole"]
+
+
+def test_a_folder_is_replaced_in_the_end_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "artifact"
+
+    def build(name: str) -> None:
+        with files.built_aside(target) as aside:
+            (aside / name).write_text("x")
+
+    build("first")
+    with pytest.raises(RuntimeError), files.built_aside(target):
+        assert [p.name for p in target.iterdir()] == ["first"]
+        raise RuntimeError
+    rename, moved = Path.rename, []
+
+    def second_fails(self: Path, to: Path) -> Path:
+        moved.append(to)
+        if len(moved) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", second_fails)
+    with pytest.raises(OSError, match="Input/output"):
+        build("second")
+    monkeypatch.undo()
+    assert [p.name for p in target.iterdir()] == ["first"]
+    target.rename(files.before(target))  # as a process leaves it that ends between the renames
+    files.put_back(target)
+    assert [p.name for p in target.iterdir()] == ["first"]
+    build("third")
+    files.put_back(target)
+    assert [p.name for p in target.iterdir()] == ["third"]
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
 
 
 HOLD = "import sys, time; from pathlib import Path; from qgrid import files\n" + (

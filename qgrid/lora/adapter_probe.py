@@ -58,7 +58,7 @@ def check_products(model: Any, method: str, folder: Path, found: Fit, dtype: str
             )
         kind = type(module.base_layer).__name__
         shares[kind] = max(shares.get(kind, 0.0), apart / largest if largest else 0.0)
-    goal = f"outputs with the adapter's product, off by {_TOLERANCE[dtype]:.1%} at most"
+    goal = f"the adapter's product added, off by {_TOLERANCE[dtype]:.2g} of the output at most"
     told = ", ".join(f"`{kind}` {share:.2g}" for kind, share in shares.items())
     return Check("adapter_product", True, goal, f"off by {told}")
 

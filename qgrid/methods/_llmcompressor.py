@@ -12,12 +12,12 @@ from qgrid import calibration
 from qgrid.contracts import Built
 from qgrid.methods import _checkpoint
 from qgrid.types import Cell
-from qgrid.weights import widths
+from qgrid.weights import inspection, widths
 
 Scheme = Mapping[str, Mapping[str, Any]]  # `weights` and, if they are rounded, `input_activations`
 PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
 # The head and the routers of mixtures of experts stay at 16 bits.
-_KEPT = ["lm_head", r"re:.*(mlp|block_sparse_moe)\.(gate|router|shared_expert_gate)$"]
+_KEPT = ["lm_head", f"re:{inspection.ROUTER}"]
 
 
 def quantize(

@@ -26,8 +26,8 @@ def make(planned: PlannedCell, pipeline: Pipeline, launch: Launch, attempts: Att
     if lease is None:
         return False
     folder = launch.store / "builds" / planned.artifact_id
-    is_there = launch.has_artifact(planned.artifact_id)
     try:
+        is_there = launch.has_artifact(planned.artifact_id)
         if not is_there:
             _give_up(folder, launch, attempts)
         with contextlib.nullcontext() if is_there else attempts.counted(folder):

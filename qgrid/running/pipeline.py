@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from qgrid import codec, files, redact, registry
 from qgrid.running import endings, machine, preload
@@ -134,7 +135,7 @@ class Pipeline:
         earlier = records.load_result(out / "result.json")
         has_failed = earlier is not None and earlier.failure is not None
         if self._launch.has_artifact(planned.artifact_id):
-            return self._found(planned, out) if earlier is None or has_failed else earlier
+            return self._found(planned) if earlier is None or has_failed else earlier
         if earlier is not None and has_failed and self._launch.ended(earlier):
             return earlier
         _remove_remains(self._folder(planned))  # of a build that was killed
@@ -144,13 +145,16 @@ class Pipeline:
             lease.check()
             _remove_remains(self._folder(planned))
 
-    def _found(self, planned: PlannedCell, out: Path) -> StageResult:
-        """The build of an artifact that was killed before it could say so, from its manifest."""
+    def _found(self, planned: PlannedCell) -> StageResult:
+        """The build of an artifact of which no result tells, from its manifest.
+
+        Nothing is written: a failure of a later build, for `fresh`, is another command's to read.
+        """
         try:
             found = artifacts.reused(self._folder(planned))
         except (OSError, codec.InvalidValue):  # verifying it tells
             return StageResult("artifact")
-        return self._told(found, None, out)
+        return replace(found, environment=self._circumstances(None))
 
     def _baseline(self, planned: PlannedCell, outcome: Outcome) -> PlannedCell | None:
         """The 16-bit cell to compare with, its artifact built and verified; None: there is none."""
@@ -239,14 +243,16 @@ class Pipeline:
 
     def _told(self, result: StageResult, baseline: PlannedCell | None, out: Path) -> StageResult:
         """An end of which the stage itself left no word, written down for who else needs it."""
-        environment = {
+        told = replace(result, environment=self._circumstances(baseline))
+        records.save_result(out / "result.json", told)
+        return told
+
+    def _circumstances(self, baseline: PlannedCell | None) -> dict[str, Any]:
+        return {
             "fingerprint": self._launch.fingerprint,
             "launch": self._launch.id,
             "baseline": None if baseline is None else baseline.artifact_id,
         }
-        told = replace(result, environment=environment)
-        records.save_result(out / "result.json", told)
-        return told
 
     def _machine(self, stage: Stage, planned: PlannedCell) -> AbstractContextManager[None]:
         """Hold what the stage computes with: a timing alone, the other stages together."""
@@ -291,7 +297,8 @@ def _computes_elsewhere(stage: Stage, planned: PlannedCell) -> bool:
 
 
 def _remove_remains(artifact: Path) -> None:
-    """Remove the folders that builds keep beside the artifact."""
+    """Remove the folders that builds keep beside the artifact, once the one there was is back."""
+    files.put_back(artifact)
     for aside in artifact.parent.glob(f".{artifact.name}.*"):
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -1,1 +1,1 @@
-"""The store under `outputs/` as a whole: what is wrong in it, what mends it, what it may free."""
+"""The store under `outputs/`: records, who works on what, what is wrong in it and what mends it."""

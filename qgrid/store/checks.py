@@ -14,7 +14,7 @@ from qgrid.store import glance
 from qgrid.types import RECORD_SCHEMA, Manifest, PlannedCell, Record, Settings, StageResult
 from qgrid.weights import artifacts, verification
 
-Remedy = Literal["set aside", "remove", "leave"]
+Remedy = Literal["set aside", "remove", "put back", "leave"]
 
 PLAN_AGAIN = "run the sweep's grid again with the same `name`, which writes it anew"
 
@@ -24,7 +24,7 @@ class Fault:
     """What is wrong with a file or a folder, as the end of a sentence, and what mends it.
 
     `set aside`: moved away, so that it is made or measured again; `remove`: nobody needs it;
-    `leave`: only the user knows.
+    `put back`: it was to be replaced, and was not; `leave`: only the user knows.
     """
 
     text: str

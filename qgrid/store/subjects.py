@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qgrid import files
 from qgrid.store import checks, leases, records
 from qgrid.store.checks import Broken, Fault
 
@@ -75,7 +76,7 @@ def leftovers(store: Path) -> Iterator[Subject]:
     for folder in _folders(store / "quality"):
         yield from _asides(folder, leases.of(store, "quality", folder.name))
     for path, name in _aside(store / "artifacts"):
-        yield _leftover(path, leases.of(store, "artifacts", name))
+        yield _leftover(path, leases.of(store, "artifacts", name), path.with_name(name))
     for path in _anywhere(store / "sweeps"):
         yield _unguarded(path)
     for path, _ in _aside(store):
@@ -112,9 +113,15 @@ def _anywhere(root: Path) -> Iterable[Path]:
     return (path for path in sorted(root.rglob(".*")) if _ASIDE.fullmatch(path.name))
 
 
-def _leftover(path: Path, lease: Path) -> Subject:
-    fault = Fault("was left by a process that ended", "remove")
-    return Subject("unfinished files", path, lease, lambda: fault)
+def _leftover(path: Path, lease: Path, target: Path | None = None) -> Subject:
+    """`target`: the folder that was being made or replaced."""
+
+    def check() -> Fault:
+        if target is not None and path == files.before(target) and not target.exists():
+            return Fault("was to be replaced by a process that ended", "put back")
+        return Fault("was left by a process that ended", "remove")
+
+    return Subject("unfinished files", path, lease, check)
 
 
 def _unguarded(path: Path) -> Subject:

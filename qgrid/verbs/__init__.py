@@ -1,1 +1,1 @@
-"""What `python -m qgrid VERB` does beside running a grid."""
+"""Verbs of the command line that look after sweeps, the store and this machine."""

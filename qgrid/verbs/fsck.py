@@ -16,7 +16,7 @@ from qgrid.store.place import store_of
 from qgrid.store.subjects import Subject
 
 USAGE = "[out=FOLDER] [--dry-run] [--full]"
-DONE: dict[Remedy, str] = {"set aside": "set aside", "remove": "removed"}
+DONE: dict[Remedy, str] = {"set aside": "set aside", "remove": "removed", "put back": "put back"}
 SHARED = ("artifacts", "quality results")  # cells read them under no lease of their own
 COUNTED = ("records", "artifacts", "quality results", "plans")
 
@@ -93,6 +93,8 @@ class _Check:
             pass
         elif fault.remedy == "set aside":
             where = f" (now {set_aside(self._store, path).relative_to(self._store)})"
+        elif fault.remedy == "put back":
+            path.rename(path.with_name(path.name.removeprefix(".").removesuffix(".old")))
         elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -44,9 +44,7 @@ __all__ = [
 ]
 
 _DECODER_LINEAR = re.compile(r"\.(?:layers|h|blocks|block)\.\d+\.(?!.*norm).*$")
-_ROUTER = re.compile(
-    r"\.(?:(?:mlp|block_sparse_moe|feed_forward)\.gate|router|shared_expert_gate)$"
-)
+ROUTER = r".*\.(?:(?<!attn\.)gate|router|shared_expert_gate)$"  # of the names of its modules
 _ROPE_TABLE = re.compile(
     r"(?:\.inv_freq|^rope_(?:freqs|factors_\w+)\.weight)$"
 )  # computed, not learned
@@ -132,7 +130,7 @@ def is_decoder_linear(module: str) -> bool:
 
 def is_router(module: str) -> bool:
     """Whether a module chooses the experts of a mixture, which every method leaves as it is."""
-    return bool(_ROUTER.search("." + module))
+    return re.match(ROUTER, module) is not None
 
 
 def stored_linears(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:

@@ -23,6 +23,7 @@ MOMENTARY = {
     "environment.time",
     "environment.load_average",
     "environment.host",
+    "environment.git_commit",  # of a checkout that somebody works in
     "environment.launch",
     "environment.job",
     "environment.attempts",

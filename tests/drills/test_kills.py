@@ -166,7 +166,7 @@ def test_a_killed_controller_leaves_nothing_running_and_loses_nothing(
 @pytest.mark.slow
 def test_a_killed_command_goes_on_when_it_is_given_again(store: Path, tmp_path: Path) -> None:
     """The whole command line, Hydra and all, with everything below it: the machine goes down."""
-    axes = ("bits=16,8,4", f"method.pause=0,{BUILD_SECONDS / 8}", "name=down")
+    axes = ("bits=16,8,4", f"method.pause=0,{BUILD_SECONDS}", "name=down")
     command = trivial.words(store, *axes)
     with running.started(command, tmp_path / "log") as run:
         run.wait_for(lambda: len(list(store.glob("cells/*/record.json"))) >= 2, "two records")

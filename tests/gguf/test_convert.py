@@ -223,7 +223,8 @@ def test_a_failure_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
 def test_rounding_of_a_32_bit_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     """Ties, denormal and special values as torch rounds them."""
     tensors = {n: t.float() for n, t in load_file(checkpoint / "model.safetensors").items()}
-    bits = torch.randint(-(2**31), 2**31, tensors["lm_head.weight"].shape, dtype=torch.int32)
+    seed, shape = torch.Generator().manual_seed(0), tensors["lm_head.weight"].shape
+    bits = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=seed)
     bits[0, :4] = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF])
     tensors["lm_head.weight"] = bits.view(torch.float32)
     save_file(tensors, checkpoint / "model.safetensors")

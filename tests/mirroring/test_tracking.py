@@ -122,7 +122,7 @@ def _num_mirrored(store: Path) -> int:
         return 0
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def _wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

@@ -86,7 +86,7 @@ def test_a_closed_loop_has_so_many_requests_at_once_and_no_more() -> None:
     with Stub(CLOCK) as server:
         found = samples_of(server, run_of(users=3, prompts=12))
     assert server.most_active == 3
-    assert [body["prompt"][0] for body in server.bodies[:3]] == [0, 1, 2]
+    assert sorted(body["prompt"][0] for body in server.bodies[:3]) == [0, 1, 2]
     assert sorted(body["prompt"][0] for body in server.bodies) == list(range(12))
     for user in range(3):
         own = found[user::3]
@@ -119,7 +119,8 @@ def test_waiting_in_a_server_that_stalls_is_not_hidden() -> None:
     by_wait = sorted(found, key=lambda each: each.arrivals[-1])
     for place, each in enumerate(by_wait):
         assert each.latency >= (place + 1) * 0.1 - 0.005 * each.number
-        assert each.tpot == pytest.approx(0.02, rel=0.5)
+    steps = [each.tpot for each in found if each.tpot is not None]
+    assert statistics.median(steps) == pytest.approx(0.02, rel=0.5)
     assert max(each.ttft for each in found) > 0.8
     assert statistics.median(each.ttft for each in quick) < 0.1
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from qgrid import files
 from qgrid.store import leases
 from tests import stores
 from tests.stores import Made, cut, verb
@@ -216,6 +217,18 @@ def test_what_the_dead_left_unfinished_is_removed(made: Made, capsys: Capture) -
         key: before[key] for key in before if not key.startswith("builds")
     }
     assert verb("fsck", made.store, "--dry-run") == 0
+
+
+def test_an_artifact_that_was_to_be_replaced_is_put_back(made: Made, capsys: Capture) -> None:
+    artifact = made.store / "artifacts" / made.cell.artifact_id
+    before = stores.contents(made.store)
+    artifact.rename(files.before(artifact))
+    stores.held_by_the_dead(leases.of(made.store, "artifacts", made.cell.artifact_id))
+    assert verb("fsck", made.store, "--dry-run") == 1
+    assert not artifact.exists()
+    assert verb("fsck", made.store) == 0
+    assert f"put back artifacts/.{artifact.name}.old" in capsys.readouterr().out
+    assert stores.contents(made.store) == before
 
 
 def test_what_the_living_are_writing_is_left_alone(made: Made, capsys: Capture) -> None:

@@ -337,7 +337,7 @@ def test_a_lock_without_results_reproduces_nothing(project: Project, run: Run) -
 
 @pytest.mark.slow
 def test_an_interrupted_one_goes_on_and_a_finished_one_is_measured_anew(tmp_path: Path) -> None:
-    project, _ = locks.planned(tmp_path / "project", speed_pause=0.3)
+    project, _ = locks.planned(tmp_path / "project", speed_pause=0.8)
     ledger = tmp_path / "ledger.jsonl"
     quiet = {"TMPDIR": str(tmp_path)}  # machine locks of its own
     first = trivial.variables(**quiet)

@@ -108,6 +108,7 @@ def test_whole_and_torn_files(stored: Path, tmp_path: Path) -> None:
         ("model.layers.0.mlp.shared_expert_gate", True),
         ("model.layers.0.feed_forward.router", True),  # Llama 4
         ("model.layers.0.mlp.router", True),  # gpt-oss
+        ("model.layers.0.mixer.gate", True),  # Nemotron-H
         ("model.layers.0.mlp.gate_proj", False),
         ("model.layers.0.mlp.experts.3.gate_proj", False),
         ("model.layers.0.self_attn.gate", False),
