@@ -10,6 +10,8 @@ from qgrid.running.schedule import Queue, Unit
 from qgrid.running.slots import Slot
 from qgrid.running.stopping import Interrupted, Stop, Stopped, deferred
 
+_LOOK = 0.5  # seconds until signals are answered that the kernel gave to another thread
+
 
 def work(
     slots: Sequence[Slot],
@@ -47,7 +49,8 @@ def work(
         for slot in slots:
             threading.Thread(target=run, args=(slot,), daemon=True).start()
         for _ in slots:
-            ended.acquire()
+            while not ended.acquire(timeout=_LOOK):
+                pass
     if errors:
         raise errors[0]
     if signals:

@@ -81,6 +81,19 @@ def test_every_slot_has_ended(numbers: Sequence[signal.Signals]) -> None:
     assert len(closed) == 3
 
 
+def test_a_signal_that_another_thread_takes_is_answered() -> None:
+    """As of several at once: the kernel wakes the main thread for the first one alone."""
+    closed: list[str] = []
+
+    def take() -> None:
+        time.sleep(0.3)  # the main thread waits by now
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        work(closed, take)
+    assert len(closed) == 3
+
+
 def test_a_signal_while_threads_start(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[str] = []
     start = threading.Thread.start
