@@ -7,13 +7,12 @@ import os
 import re
 import sys
 import warnings
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from qgrid import config, redact, sweep
+from qgrid.planning import keys
 from qgrid.store import place
-from qgrid.types import Choice, Settings
 
 _SEEN_BY_HYDRA = re.compile(r"[~+]*(hydra\b|sweeps\b)")
 DETACH = "--detach"
@@ -94,11 +93,11 @@ def sentence(error: BaseException) -> str:
     ):
         return _unknown_choice(*choice.groups())
     if key := re.match(r"Could not override '([^']+)'", text):
-        if key[1] in _keys():
+        if key[1] in keys.KEYS:
             return (
                 f"`{key[1]}` takes the name of a choice; its keys are given as `{key[1]}.KEY=...`"
             )
-        return _unknown_key(key[1])
+        return keys.unknown_key(key[1])
     cause = "" if error.__cause__ is None else " ".join(str(error.__cause__).split())
     return text if cause in text else f"{text} ({cause})"
 
@@ -123,33 +122,6 @@ def _unknown_choice(group: str, name: str, options: str | None) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean `{near[0]}`?" if near else ""
     return f"`{group}={name}` is unknown (has: {', '.join(known) or 'none'}){hint}"
-
-
-def _unknown_key(key: str) -> str:
-    """That a key is none, and one that is alike, or where a group's keys stand."""
-    said = f"`{key}` is not a known key"
-    group, dot, name = key.partition(".")
-    if dot and group in config.defaults():
-        return f"{said} of this choice of `{group}`{_nearest(group, name)}"
-    near = difflib.get_close_matches(key, _keys(), n=1)
-    hint = f", did you mean `{near[0]}`?" if near else ";"
-    return f"{said}{hint} `qgrid --help` lists the keys"
-
-
-def _nearest(group: str, name: str) -> str:
-    """The other choices that have such a key, else one that is alike."""
-    known = config.options(group)
-    if name in known:
-        return f", but of {', '.join(known[name])}"
-    if near := difflib.get_close_matches(name, known, n=1):
-        return f", did you mean `{group}.{near[0]}`?"
-    return f"; its keys stand in `conf/{group}/NAME.yaml`"
-
-
-def _keys() -> list[str]:
-    own = [field.name for kind in (Choice, Settings) for field in fields(kind)]
-    parts = {key: value for key, value in config.scalars().items() if isinstance(value, dict)}
-    return [*own, *(f"{key}.{part}" for key, value in parts.items() for part in value)]
 
 
 def _plain_warning(message: Warning | str, *_: Any, **__: Any) -> str:

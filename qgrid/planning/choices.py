@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import fields
@@ -10,6 +9,7 @@ from typing import Any, TypeVar, get_args
 
 from qgrid import codec, redact, registry
 from qgrid.config import GridError
+from qgrid.planning.keys import KEYS, unknown_key
 from qgrid.types import (
     Calibration,
     Choice,
@@ -27,7 +27,6 @@ from qgrid.types import (
 T = TypeVar("T")
 
 _SETTINGS = tuple(f.name for f in fields(Settings))
-_KEYS = {f.name for kind in (Choice, Settings) for f in fields(kind)}
 _REPEATABLE = (*get_args(Status), "stale", "unstable")
 _SWEEP_NAME = re.compile(r"\w[\w.-]{0,99}")
 
@@ -45,7 +44,7 @@ class Reader:
             codec.InvalidValue: a key, its value and what is allowed.
             registry.UnknownName: a method or runtime that is not there.
         """
-        if config.keys() != _KEYS:
+        if config.keys() != KEYS:
             raise GridError(_wrong_keys(config.keys()))
         return Choice(
             model=self._once(config["model"], Model, "model"),
@@ -77,7 +76,7 @@ def settings(config: Mapping[str, Any]) -> Settings:
     Raises:
         GridError, codec.InvalidValue: a key, its value and what is allowed.
     """
-    if config.keys() != _KEYS:
+    if config.keys() != KEYS:
         raise GridError(_wrong_keys(config.keys()))
     node = {key: config[key] for key in _SETTINGS}
     _refuse_secrets(node)
@@ -97,11 +96,9 @@ def settings(config: Mapping[str, Any]) -> Settings:
 
 def _wrong_keys(found: Collection[str]) -> str:
     """What is wrong with the top level of a configuration."""
-    if unknown := sorted(set(found) - _KEYS):
-        near = difflib.get_close_matches(unknown[0], _KEYS, n=1)
-        hint = f", did you mean `{near[0]}`?" if near else ";"
-        return f"`{unknown[0]}` is not a known key{hint} `qgrid --help` lists the keys"
-    return f"`{min(_KEYS - set(found))}` is missing; every key must have a value"
+    if unknown := sorted(set(found) - KEYS):
+        return unknown_key(unknown[0])
+    return f"`{min(KEYS - set(found))}` is missing; every key must have a value"
 
 
 def _method(_: type, node: Mapping[str, Any], key: str) -> Method:

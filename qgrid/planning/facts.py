@@ -17,7 +17,7 @@ from qgrid.lora import adapter_fit, adapters
 from qgrid.measure import slices as slice_files
 from qgrid.planning.estimate import Architecture
 from qgrid.types import Calibration, Cell, DeviceKind, Gpu, Method, Model, Slices
-from qgrid.weights import widths
+from qgrid.weights import inspection, widths
 
 T = TypeVar("T")
 
@@ -105,6 +105,10 @@ class Facts:
         prose = None if slices.prose is None else replace(slices.prose, path="")
         return codec.digest([slice_files.identity(slices, self._hashes), scored, prose])
 
+    def quantized(self, model: Model) -> str | None:
+        """Why the model is no 16-bit base, where its `config.json` is on this machine."""
+        return self._once("quantized", model, _quantized)
+
     def architecture(self, model: Model) -> Architecture | None:
         """The model's sizes where its `config.json` is on this machine, else None."""
         return self._once("architecture", model, _architecture)
@@ -155,6 +159,11 @@ class Facts:
 def _device(gpu: Gpu) -> str:
     found = {name: value for name, value in codec.plain(gpu).items() if name not in WHERE_FOUND}
     return codec.digest(found)
+
+
+def _quantized(model: Model) -> str | None:
+    folder = models.known(model)
+    return None if folder is None else inspection.already_quantized(folder, model.id)
 
 
 def _architecture(model: Model) -> Architecture | None:

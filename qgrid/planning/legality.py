@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qgrid import device, models, registry
+from qgrid import device, registry
 from qgrid.contracts import Unreachable
 from qgrid.lora import adapters
 from qgrid.planning import estimate
 from qgrid.planning import facts as lookups
 from qgrid.types import Cell, MethodSupport, Status
-from qgrid.weights import inspection
 
 if TYPE_CHECKING:
     from qgrid.planning.estimate import Architecture
@@ -37,7 +36,7 @@ def refusal(
         or _refused_packages(cell, support)
         or _refused_device(cell, support)
         or _refused_adapter(cell, support, facts)
-        or _refused_model(cell, support)
+        or _refused_model(cell, support, facts)
         or _refused_by_method(cell, facts)
         or _refused_by_runtime(cell, support)
         or _refused_by_memory(cell, predicted)
@@ -114,10 +113,9 @@ def _no_adapter_beside(cell: Cell, support: MethodSupport) -> str:
     )
 
 
-def _refused_model(cell: Cell, support: MethodSupport) -> Refusal | None:
+def _refused_model(cell: Cell, support: MethodSupport, facts: Facts) -> Refusal | None:
     """A base that is quantized itself: the 16-bit baseline would be none."""
-    source = models.known(cell.model) if support.stores_weights else None
-    reason = None if source is None else inspection.already_quantized(source, cell.model.id)
+    reason = facts.quantized(cell.model) if support.stores_weights else None
     return None if reason is None else Refusal("unsupported", "model", reason)
 
 

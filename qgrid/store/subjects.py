@@ -75,11 +75,11 @@ def leftovers(store: Path) -> Iterator[Subject]:
         yield from _asides(folder, leases.of(store, "artifacts", folder.name))
     for folder in _folders(store / "quality"):
         yield from _asides(folder, leases.of(store, "quality", folder.name))
-    for path, name in _aside(store / "artifacts"):
-        yield _leftover(path, leases.of(store, "artifacts", name), path.with_name(name))
+    for path in _aside(store / "artifacts"):
+        yield _leftover(path, leases.of(store, "artifacts", target_of(path).name))
     for path in _anywhere(store / "sweeps"):
         yield _unguarded(path)
-    for path, _ in _aside(store):
+    for path in _aside(store):
         yield _unguarded(path)
 
 
@@ -97,15 +97,20 @@ def _folders(root: Path) -> list[Path]:
     return sorted(p for p in root.iterdir() if not p.name.startswith(".") and p.is_dir())
 
 
-def _aside(folder: Path) -> Iterator[tuple[Path, str]]:
-    """What `files` writes beside its target before it is whole, and the target's name."""
-    for path in sorted(folder.glob(".*")):
-        if found := _ASIDE.fullmatch(path.name):
-            yield path, found["name"]
+def _aside(folder: Path) -> Iterable[Path]:
+    """What `files` writes beside its target before it is whole, or lays there."""
+    return (path for path in sorted(folder.glob(".*")) if _ASIDE.fullmatch(path.name))
+
+
+def target_of(aside: Path) -> Path:
+    """What a file or folder that lies aside was to become, or was."""
+    found = _ASIDE.fullmatch(aside.name)
+    assert found is not None
+    return aside.with_name(found["name"])
 
 
 def _asides(folder: Path, lease: Path) -> Iterator[Subject]:
-    for path, _ in _aside(folder):
+    for path in _aside(folder):
         yield _leftover(path, lease)
 
 
@@ -113,11 +118,10 @@ def _anywhere(root: Path) -> Iterable[Path]:
     return (path for path in sorted(root.rglob(".*")) if _ASIDE.fullmatch(path.name))
 
 
-def _leftover(path: Path, lease: Path, target: Path | None = None) -> Subject:
-    """`target`: the folder that was being made or replaced."""
-
+def _leftover(path: Path, lease: Path) -> Subject:
     def check() -> Fault:
-        if target is not None and path == files.before(target) and not target.exists():
+        target = target_of(path)
+        if path == files.before(target) and not target.exists():
             return Fault("was to be replaced by a process that ended", "put back")
         return Fault("was left by a process that ended", "remove")
 

@@ -94,7 +94,7 @@ class _Check:
         elif fault.remedy == "set aside":
             where = f" (now {set_aside(self._store, path).relative_to(self._store)})"
         elif fault.remedy == "put back":
-            path.rename(path.with_name(path.name.removeprefix(".").removesuffix(".old")))
+            path.rename(subjects.target_of(path))
         elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -96,9 +96,8 @@ def test_a_dead_owner_runs_nothing(
         "import sys; from pathlib import Path; from qgrid.store import leases; "
         "leases.attempt(Path(sys.argv[1]))"
     )
-    subprocess.run(
-        [sys.executable, "-c", take, lease], check=True
-    )  # it ends and gives nothing back
+    # it ends and gives nothing back
+    subprocess.run([sys.executable, "-c", take, lease], check=True)
     assert _words(folder)[cells[0].cell_id] == "not started"
 
 
